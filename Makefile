@@ -1,0 +1,47 @@
+# Everything runs inside .venv, which is made on first use and again when a dependency file changes.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test check format openapi clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     run the main job end to end on the small model in demo/ (embedded: SQLite, no broker)"
+	@echo "make test     run all tests, on SQLite and on Postgres"
+	@echo "make check    lint, types, import rules, OpenAPI and migrations"
+	@echo "make format   rewrite sources as the linter wants them"
+	@echo "make openapi  write openapi.json from the code"
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH: set PYTHON=... to a Python 3.11 or newer" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m demo.run
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m app.openapi --check
+	$(BIN)/python -m app.migrate --check
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+openapi: $(STAMP)
+	$(BIN)/python -m app.openapi
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,301 @@
+"""The one seam into ``transformers``: calibration, evaluation and serving all go through it.
+
+Three public hooks are used and no model code is copied or replaced: a registered attention function (which sees queries,
+keys and values of every layer), the mask function registered under the same name (without it, padded batches silently
+get no mask), and a forward pre-hook on each attention module. In key mode ``pre`` the pre-hook hands the stock forward
+identity rotary tables, so that queries and keys arrive un-rotated; the real tables are applied here, with the model's own
+function.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from orthokv.basis import Basis, KeyMode
+from orthokv.errors import InvalidSetting
+from orthokv.geometry import AttentionGeometry, attention_modules, check_key_mode, rotary_module
+from orthokv.runtime.cache import LatentLayer, adopt_layer
+
+# Stock functions that can be wrapped. Flash kernels want equal K and V widths and get their masks another way.
+INNER = ("sdpa", "eager")
+PREFIX = "orthokv_"
+
+Tables = tuple[Tensor, Tensor]
+Observer = Callable[[Tensor, Tensor, Tensor], None]
+
+
+class LayerBases(Protocol):
+    """What the seam reads of a layer's bases. ``None`` leaves the keys, or the values, as they are."""
+
+    @property
+    def key(self) -> Basis | None: ...
+
+    @property
+    def value(self) -> Basis | None: ...
+
+    @property
+    def store_dtype(self) -> torch.dtype | None:
+        """Dtype of stored latents; None stores the model's own."""
+
+
+@dataclass(frozen=True)
+class Bases:
+    """The plain implementation of :class:`LayerBases`, used while fitting."""
+
+    key: Basis | None
+    value: Basis | None
+    store_dtype: torch.dtype | None = None
+
+
+@dataclass
+class _Call:
+    """Handed from the pre-hook to the attention function of the same module call."""
+
+    tables: Tables | None
+    layer: LatentLayer | None
+
+
+@dataclass
+class SeamState:
+    """What the seam keeps on each attention module."""
+
+    key_mode: KeyMode
+    rotary: nn.Module | None
+    bases: LayerBases | None = None
+    observer: Observer | None = None
+    call: _Call | None = None
+
+
+@dataclass
+class _StandIn:
+    """What stock attention functions read from the module, where latents change the number of KV heads."""
+
+    num_key_value_groups: int
+    is_causal: bool
+    training: bool
+
+
+def seam_of(model: PreTrainedModel) -> Seam | None:
+    """The seam installed on a model, if any."""
+    return getattr(model, "_orthokv_seam", None)
+
+
+class Seam:
+    """The hooks of one model. As a context manager it removes itself at the end.
+
+    Args:
+        model: a supported causal language model, loaded with ``sdpa`` or ``eager`` attention.
+        key_mode: whether keys are seen before or after rotary embedding.
+
+    Raises:
+        UnsupportedModel: unknown architecture, or a rotary embedding that ``key_mode`` cannot serve.
+        InvalidSetting: another seam is installed, or the attention implementation cannot be wrapped.
+    """
+
+    def __init__(self, model: PreTrainedModel, key_mode: KeyMode) -> None:
+        self.geometry = AttentionGeometry.from_config(model.config)
+        check_key_mode(self.geometry, key_mode)
+        if seam_of(model) is not None:
+            raise InvalidSetting("this model is already attached; detach it first")
+        inner = model.config._attn_implementation or "sdpa"
+        if inner.removeprefix(PREFIX) not in INNER:
+            raise InvalidSetting(
+                f"attention implementation {inner!r} cannot be wrapped; load the model with one of {', '.join(INNER)}"
+            )
+        self.model = model
+        self.key_mode = key_mode
+        self._previous = inner.removeprefix(PREFIX)
+        self.modules = attention_modules(model)
+        self._handles: list[RemovableHandle] = []
+        rotary = rotary_module(model) if key_mode == "pre" else None
+        self.install([SeamState(key_mode, rotary) for _ in self.modules])
+
+    def install(self, states: list[SeamState]) -> None:
+        """Put the hooks in place, with the given state for each layer."""
+        for module, state in zip(self.modules, states, strict=True):
+            # A plain attribute, not a submodule: nothing of it may reach the state dict.
+            object.__setattr__(module, "_orthokv", state)
+            self._handles.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_after_attention, always_call=True))
+        self.model.set_attn_implementation(PREFIX + self._previous)
+        object.__setattr__(self.model, "_orthokv_seam", self)
+
+    def state(self, layer: int) -> SeamState:
+        return cast(SeamState, self.modules[layer]._orthokv)
+
+    def set_bases(self, layer: int, bases: LayerBases | None) -> None:
+        """Compress one layer (or stop doing so): takes effect at its next forward."""
+        self.state(layer).bases = bases
+
+    def observe(self, layer: int, observer: Observer | None) -> None:
+        """Show one layer's queries ``[B, H, T, d]``, keys and values ``[B, kv_heads, T, d]`` to ``observer``."""
+        self.state(layer).observer = observer
+
+    def remove(self) -> None:
+        """Leave the model as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self.modules:
+            object.__delattr__(module, "_orthokv")
+        self.model.set_attn_implementation(self._previous)
+        object.__delattr__(self.model, "_orthokv_seam")
+
+    def __enter__(self) -> Seam:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+# -------------------------------------------------------------------------------------------------- hooks
+
+
+def _before_attention(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    state = cast(SeamState, module._orthokv)
+    cache = kwargs.get("past_key_values")
+    layer: LatentLayer | None = None
+    if cache is not None and state.bases is not None:
+        layer = adopt_layer(
+            cache, cast(int, module.layer_idx), state.bases, positions=state.rotary is not None
+        )
+    tables: Tables | None = None
+    if state.rotary is not None:
+        tables = kwargs["position_embeddings"]
+        cos, sin = tables
+        if layer is not None:
+            layer.pending_positions = kwargs["position_ids"]
+        elif cache is not None:
+            raise InvalidSetting("a cache is filled through the seam, but this layer has no bases")
+        kwargs = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+    state.call = _Call(tables, layer)
+    return args, kwargs
+
+
+def _after_attention(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    cast(SeamState, module._orthokv).call = None
+
+
+def _rotate(module: nn.Module, x: Tensor, tables: Tables) -> Tensor:
+    """Rotary embedding with the model's own function; the empty second argument spares its work on the other side."""
+    function = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    return cast(Tensor, function(x, x[:, :0], *tables)[0])
+
+
+def _stock(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    return cast(
+        "Callable[..., tuple[Tensor, Tensor | None]]", ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
+    )
+
+
+def _attend(
+    inner: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    stock = _stock(inner, module)
+    state = cast("SeamState | None", getattr(module, "_orthokv", None))
+    if state is None or state.call is None:
+        return stock(module, query, key, value, attention_mask, **kwargs)
+    call = state.call
+    if state.observer is not None:
+        state.observer(query, key, value)
+    if state.bases is not None and call.layer is not None:
+        return _attend_cached(stock, module, state.bases, call, query, key, value, attention_mask, **kwargs)
+    if state.bases is not None:
+        # Without a cache the same round trip happens, so that scores agree with generation.
+        key = _round_trip(key, state.bases.key, state.bases.store_dtype)
+        value = _round_trip(value, state.bases.value, state.bases.store_dtype)
+    if call.tables is not None:
+        query, key = _rotate(module, query, call.tables), _rotate(module, key, call.tables)
+    return stock(module, query, key, value, attention_mask, **kwargs)
+
+
+def _round_trip(x: Tensor, basis: Basis | None, store_dtype: torch.dtype | None) -> Tensor:
+    if basis is None:
+        return x
+    latent = basis.encode(x)
+    if store_dtype is not None:
+        latent = latent.to(store_dtype).to(x.dtype)
+    return basis.decode(latent)
+
+
+def _attend_cached(
+    stock: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    bases: LayerBases,
+    call: _Call,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention where ``key`` and ``value`` are what the cache returned: latents ``[B, groups, S, rank]``."""
+    assert bases.key is not None
+    assert bases.value is not None
+    assert call.layer is not None
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    kv_heads, head_dim = bases.key.kv_heads, bases.key.head_dim
+    # One query token is bound by memory: attend to the latents themselves where they are not wider than a head. Longer
+    # queries are bound by arithmetic, which latents wider than a head would multiply: rebuild the heads first.
+    decoding = query.shape[2] == 1
+    latent_key = decoding and call.tables is None and bases.key.rank <= head_dim
+    latent_value = decoding and bases.value.rank <= head_dim
+    if latent_key:
+        query = bases.key.query_to_latent(query)
+    else:
+        key = bases.key.decode(key)
+    if call.tables is not None:
+        query = _rotate(module, query, call.tables)
+        key = _rotate(module, key, call.layer.tables(cast(SeamState, module._orthokv).rotary, key))
+    if not latent_value:
+        value = bases.value.decode(value)
+    heads = max(key.shape[1], value.shape[1])
+    key, value = (x if x.shape[1] == heads else x.expand(-1, heads, -1, -1) for x in (key, value))
+    caller: Any = module
+    if heads != kv_heads:
+        caller = _StandIn(query.shape[1] // heads, getattr(module, "is_causal", True), module.training)
+    output, weights = stock(caller, query, key, value, attention_mask, **kwargs)
+    if latent_value:
+        output = bases.value.output_from_latent(output)
+    return output, weights
+
+
+def _register(inner: str) -> None:
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        return _attend(inner, module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(PREFIX + inner, attention)
+    AttentionMaskInterface.register(PREFIX + inner, ALL_MASK_ATTENTION_FUNCTIONS[inner])
+
+
+for _name in INNER:
+    _register(_name)

@@ -1,0 +1,251 @@
+"""One streaming pass over the calibration blocks, layer by layer, with bounded memory.
+
+At any time the inputs and the outputs of a single decoder layer are held. Every layer sees *uncompressed* inputs (so layers
+are independent and can be fitted on different machines), unless ``propagate`` feeds it what the compressed prefix produced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from orthokv.attention import LayerBases, Seam
+from orthokv.errors import InvalidModel
+from orthokv.geometry import AttentionGeometry, architecture_of, decoder_layers
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """Second moments of one layer over the calibration tokens, float64, on the CPU.
+
+    Attributes:
+        tokens: calibration tokens seen.
+        key: ``[kv_width, kv_width]``, all KV heads concatenated; before or after RoPE as the seam's key mode says.
+        value: ``[kv_width, kv_width]``.
+        query: ``[kv_heads, head_dim, head_dim]``, summed over the query heads that read a KV head.
+        key_mean, value_mean: ``[kv_width]``.
+    """
+
+    tokens: int
+    key: Tensor
+    value: Tensor
+    query: Tensor
+    key_mean: Tensor
+    value_mean: Tensor
+
+    def per_head(self, name: str) -> Tensor:
+        """The diagonal blocks of a joint moment, one per KV head: ``[kv_heads, head_dim, head_dim]``."""
+        joint = cast(Tensor, getattr(self, name))
+        heads, head_dim, _ = self.query.shape
+        return (
+            joint.view(heads, head_dim, heads, head_dim)
+            .diagonal(dim1=0, dim2=2)
+            .permute(2, 0, 1)
+            .contiguous()
+        )
+
+
+class _Stop(Exception):
+    """Ends a forward once the first layer's input is known."""
+
+
+class LayerWalk:
+    """Feeds equally long blocks through a model one decoder layer at a time.
+
+    Args:
+        model: a supported model in evaluation mode.
+        tokens: int64 ``[num_samples, sequence_length]``.
+        batch_size: blocks per forward of a layer.
+
+    ``inputs`` and ``outputs`` hold the present layer's hidden states, ``[num_samples, T, hidden]`` in the model's dtype.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: Tensor, batch_size: int) -> None:
+        self.model = model
+        self.layers = decoder_layers(model)
+        self.device = model.device
+        self.batch_size = batch_size
+        self._arguments = self._layer_arguments(tokens[:1])
+        self.inputs = torch.cat([self._first_input(batch) for batch in torch.split(tokens, batch_size)])
+        self.outputs = torch.empty_like(self.inputs)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @torch.no_grad()
+    def _layer_arguments(self, tokens: Tensor) -> list[dict[str, Any]]:
+        """What the model passes to each layer besides hidden states: the same for all blocks of one length."""
+        seen: list[dict[str, Any]] = []
+
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+
+        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
+        try:
+            self.model(tokens.to(self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    @torch.no_grad()
+    def _first_input(self, tokens: Tensor) -> Tensor:
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+            raise _Stop
+
+        handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self.model(tokens.to(self.device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    def forward(self, layer: int, hidden: Tensor) -> Tensor:
+        """One decoder layer on ``hidden`` ``[b, T, hidden]``, through whatever the seam does there now."""
+        output = self.layers[layer](hidden, **self._arguments[layer])
+        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+    @torch.no_grad()
+    def run(self, layer: int) -> None:
+        """Fill ``outputs`` with what the layer makes of ``inputs``.
+
+        Raises:
+            InvalidModel: the layer produces numbers that are not finite.
+        """
+        for start in range(0, len(self.inputs), self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            self.outputs[batch] = self.forward(layer, self.inputs[batch])
+        if not bool(torch.isfinite(self.outputs).all()):
+            raise InvalidModel(f"layer {layer} of the model produces values that are not finite")
+
+    def advance(self) -> None:
+        """Make the outputs the next layer's inputs."""
+        self.inputs, self.outputs = self.outputs, self.inputs
+
+
+@torch.no_grad()
+def run_and_measure(walk: LayerWalk, seam: Seam, layer: int) -> LayerMoments:
+    """Run one layer uncompressed and collect its moments on the way."""
+    geometry = seam.geometry
+    collector = _Collector(geometry, seam.state(layer).rotary, walk)
+    seam.observe(layer, collector)
+    try:
+        walk.run(layer)
+    finally:
+        seam.observe(layer, None)
+    return collector.moments()
+
+
+class _Collector:
+    """Sums outer products in float64, batch by batch."""
+
+    def __init__(self, geometry: AttentionGeometry, rotary: nn.Module | None, walk: LayerWalk) -> None:
+        self.geometry, self.rotary, self.walk = geometry, rotary, walk
+        width, heads, head_dim = geometry.kv_width, geometry.kv_heads, geometry.head_dim
+        self.tokens = 0
+        self.sums = {name: torch.zeros(width, width, dtype=torch.float64) for name in ("key", "value")}
+        self.query = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64)
+        self.means = {name: torch.zeros(width, dtype=torch.float64) for name in ("key", "value")}
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        batch, heads, tokens, head_dim = key.shape
+        self.tokens += batch * tokens
+        for name, x in (("key", key), ("value", value)):
+            rows = x.transpose(1, 2).reshape(batch * tokens, heads * head_dim).double()
+            self.sums[name] += (rows.T @ rows).cpu()
+            self.means[name] += rows.sum(0).cpu()
+        rows = query.transpose(0, 1).reshape(heads, -1, head_dim).double()
+        self.query += (rows.transpose(1, 2) @ rows).cpu()
+
+    def moments(self) -> LayerMoments:
+        n = max(self.tokens, 1)
+        return LayerMoments(
+            tokens=self.tokens,
+            key=self.sums["key"] / n,
+            value=self.sums["value"] / n,
+            query=self.query / n,
+            key_mean=self.means["key"] / n,
+            value_mean=self.means["value"] / n,
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A compressed layer against the original: relative Frobenius error, and mean cosine over tokens (paper, Fig. 6)."""
+
+    error: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """One layer that has run on the calibration blocks: what a basis costs there."""
+
+    index: int
+    walk: LayerWalk
+    seam: Seam
+
+    @property
+    def geometry(self) -> AttentionGeometry:
+        return self.seam.geometry
+
+    @property
+    def blocks(self) -> int:
+        """Calibration blocks available to :meth:`loss` and :meth:`compare`."""
+        return len(self.walk.inputs)
+
+    def loss(self, bases: LayerBases, blocks: list[int]) -> Tensor:
+        """Squared relative error of the layer's output over some blocks, ``||Z - Z~||^2 / ||Z||^2`` (paper section 2)."""
+        target = self.walk.outputs[blocks].float()
+        return (self._compressed(bases, blocks) - target).square().sum() / target.square().sum()
+
+    @torch.no_grad()
+    def compare(self, bases: LayerBases, blocks: list[int]) -> Comparison:
+        """Error and cosine over some blocks, in slices of the walk's batch size."""
+        difference = norm = cosine = 0.0
+        tokens = 0
+        for start in range(0, len(blocks), self.walk.batch_size):
+            part = blocks[start : start + self.walk.batch_size]
+            target, output = self.walk.outputs[part].float(), self._compressed(bases, part)
+            difference += float((output - target).double().square().sum())
+            norm += float(target.double().square().sum())
+            cosine += float(nn.functional.cosine_similarity(output, target, dim=-1).double().sum())
+            tokens += target.shape[0] * target.shape[1]
+        return Comparison((difference / norm) ** 0.5, cosine / tokens)
+
+    def _compressed(self, bases: LayerBases, blocks: list[int]) -> Tensor:
+        before = self.seam.state(self.index).bases
+        self.seam.set_bases(self.index, bases)
+        try:
+            return self.walk.forward(self.index, self.walk.inputs[blocks]).float()
+        finally:
+            self.seam.set_bases(self.index, before)
+
+
+@dataclass(frozen=True)
+class LayerView(LayerTask):
+    """What a method may use to fit a layer: besides its loss, the moments and the output projection.
+
+    ``output_weight`` is float64 ``[hidden, heads * head_dim]``.
+    """
+
+    moments: LayerMoments
+    output_weight: Tensor
+
+
+def view_layer(walk: LayerWalk, seam: Seam, layer: int) -> LayerView:
+    """Run a layer and return everything that fitting it needs."""
+    moments = run_and_measure(walk, seam, layer)
+    architecture = architecture_of(seam.model.config)
+    output = seam.modules[layer].get_submodule(architecture.output)
+    weight = cast(Tensor, output.weight).detach().double().cpu()
+    return LayerView(layer, walk, seam, moments, weight)

@@ -1,0 +1,334 @@
+"""The checkpoint format, version 1: write, read, verify.
+
+An *adapter* is ``orthokv.json``, ``orthokv.safetensors``, the profile, a model card and ``SHA256SUMS``. A *full* checkpoint
+adds the base model's own files, unchanged but for ``config.json``, whose ``quantization_config`` makes
+``AutoModelForCausalLM.from_pretrained`` attach the bases. Nothing but JSON, safetensors and text is ever written or read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from orthokv.allocate import Plan, position_bytes
+from orthokv.attention import Bases
+from orthokv.basis import KEY_MODES, SHARINGS, Basis, KeyMode, Sharing, group_width, orthonormality_error
+from orthokv.codecs import CODECS, DEFAULT_CODEC
+from orthokv.errors import InvalidCheckpoint, InvalidSetting, StorageError
+from orthokv.geometry import AttentionGeometry
+from orthokv.profile import ErrorProfile, read_json, read_safetensors
+from orthokv.source import ModelSource
+
+FORMAT_VERSION = 1
+CONFIG, TENSORS, CARD, SUMS = "orthokv.json", "orthokv.safetensors", "README.md", "SHA256SUMS"
+QUANT_METHOD = "orthokv"
+FORMS = ("adapter", "full")
+Form = Literal["adapter", "full"]
+# float32 bases of a few thousand columns are orthonormal to about 1e-6; a flipped byte is not.
+ORTHONORMALITY_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint in memory. ``config`` is ``orthokv.json``; ``bases`` one pair a layer, float32, on the CPU."""
+
+    folder: Path
+    config: dict[str, Any]
+    geometry: AttentionGeometry
+    key_mode: KeyMode
+    sharing: Sharing
+    codec: str
+    bases: tuple[Bases, ...]
+
+    @property
+    def latents_per_token(self) -> int:
+        return sum(
+            basis.latents_per_token
+            for layer in self.bases
+            for basis in (layer.key, layer.value)
+            if basis is not None
+        )
+
+    def declared_bytes(self, *, sequences: int, tokens: int, number_bytes: int = 2) -> int:
+        """Bytes that a cache of ``sequences x tokens`` holds, with ``number_bytes`` a latent."""
+        per_token = self.latents_per_token * number_bytes + position_bytes(self.geometry, self.key_mode)
+        return sequences * tokens * per_token
+
+
+# --------------------------------------------------------------------------------------------------- write
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all: written beside ``out`` and renamed at the end.
+
+    Raises:
+        InvalidSetting: ``out`` exists and is not an empty folder.
+        StorageError: writing failed, a full disk for example; everything written is removed.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidSetting(f"{out} exists and is not an empty folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror}") from error
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(partial, out)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_storage_failure(error):
+            raise StorageError(f"cannot write {out}: {error}; nothing was left behind") from error
+        raise
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether an exception means that a disk is full, read-only or over quota (safetensors wraps the OSError in text)."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+    return type(error).__name__ == "SafetensorError" and (
+        "os error" in str(error) or "I/O error" in str(error)
+    )
+
+
+def write_checkpoint(
+    profile: ErrorProfile,
+    plan: Plan,
+    out: Path,
+    *,
+    form: Form = "adapter",
+    base: ModelSource | None = None,
+    codec: str = DEFAULT_CODEC,
+) -> Checkpoint:
+    """Write a checkpoint into a new folder and return it as read back.
+
+    Args:
+        base: the base model's files; needed for ``form="full"``.
+
+    Raises:
+        InvalidSetting: unknown form or codec, ``out`` is taken, or the base model is missing for a full checkpoint.
+        StorageError: the disk is full or read-only; nothing is left behind.
+    """
+    if form not in FORMS:
+        raise InvalidSetting(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+    if codec not in CODECS:
+        raise InvalidSetting(f"codec must be one of {', '.join(CODECS)}, not {codec!r}")
+    if form == "full" and base is None:
+        raise InvalidSetting("a full checkpoint needs the base model's files")
+    bases = [layer.bases(*ranks) for layer, ranks in zip(profile.layers, plan.ranks, strict=True)]
+    with new_folder(out) as folder:
+        if form == "full":
+            assert base is not None
+            _copy_base(base, folder, profile)
+        save_file(_tensors(bases), folder / TENSORS)
+        profile.save(folder)
+        config = _config(profile, plan, bases, form=form, codec=codec)
+        write_described(folder, config)
+        read_checkpoint(folder)
+    return read_checkpoint(out)
+
+
+def _tensors(bases: list[Bases]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for i, layer in enumerate(bases):
+        for side, basis in (("key", layer.key), ("value", layer.value)):
+            assert basis is not None
+            found[f"layers.{i}.{side}.encoder"] = basis.encoder.contiguous()
+            if not basis.orthonormal:
+                found[f"layers.{i}.{side}.decoder"] = basis.decoder.contiguous()
+    return found
+
+
+def _config(
+    profile: ErrorProfile, plan: Plan, bases: list[Bases], *, form: str, codec: str
+) -> dict[str, Any]:
+    # Imported here: measuring builds a live cache, and the runtime reads checkpoints.
+    from orthokv.runtime.measure import live_bytes_per_token
+
+    geometry = profile.geometry
+    measured_bytes = live_bytes_per_token(geometry, bases, profile.key_mode)
+    return {
+        "format_version": FORMAT_VERSION,
+        "producer": profile.to_dict()["producer"],
+        "form": form,
+        "base_model": profile.model,
+        "geometry": geometry.to_dict(),
+        "key_mode": profile.key_mode,
+        "sharing": profile.sharing,
+        "codec": {"name": codec},
+        "ranks": [_ranks(layer, geometry) for layer in bases],
+        "cache": {
+            "bytes_per_token": measured_bytes,
+            "bytes_per_token_dense": geometry.dense_bytes_per_token,
+            "kept": measured_bytes / geometry.dense_bytes_per_token,
+        },
+        "calibrated_positions": profile.dataset["sequence_length"],
+        "dataset": profile.dataset,
+        "method": profile.method,
+        "seed": profile.seed,
+        "plan": plan.to_dict(),
+        "measured": None,
+    }
+
+
+def _ranks(layer: Bases, geometry: AttentionGeometry) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for side, basis in (("key", layer.key), ("value", layer.value)):
+        assert basis is not None
+        total = basis.latents_per_token
+        found[side] = {"rank": basis.rank, "total": total, "per_head": total / geometry.kv_heads}
+    return found
+
+
+def _copy_base(base: ModelSource, folder: Path, profile: ErrorProfile) -> None:
+    for name in base.files:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.folder / name, target)
+    config = read_json(folder / "config.json")
+    if "quantization_config" in config:
+        raise InvalidSetting(
+            "the base model is quantised already: only the adapter form can be attached to it"
+        )
+    config["quantization_config"] = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "key_mode": profile.key_mode,
+        "sharing": profile.sharing,
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_described(folder: Path, config: dict[str, Any]) -> None:
+    """Write ``orthokv.json`` and everything that follows from it: the model card and the digests."""
+    from orthokv.report import model_card
+
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    (folder / CARD).write_text(model_card(config))
+    names = sorted(
+        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS
+    )
+    (folder / SUMS).write_text("".join(f"{file_digest(folder / name)}  {name}\n" for name in names))
+
+
+def record_measurements(folder: Path, measured: dict[str, Any]) -> None:
+    """Put measured quality into a checkpoint: ``orthokv.json``, the model card and the digests follow."""
+    config = read_checkpoint(folder).config
+    try:
+        write_described(folder, {**config, "measured": measured})
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror}") from error
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------- read
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """File name -> sha256, from ``SHA256SUMS``."""
+    try:
+        lines = (folder / SUMS).read_text().splitlines()
+        return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except FileNotFoundError:
+        raise InvalidCheckpoint(f"{folder} holds no {SUMS}: not a checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise InvalidCheckpoint(f"{SUMS} is not readable ({error})") from error
+
+
+def verify_files(folder: Path, names: list[str] | None = None) -> None:
+    """Compare files with their digests: all of them, or those named.
+
+    Raises:
+        InvalidCheckpoint: a file is missing, unlisted, truncated or altered; names it.
+    """
+    sums = read_sums(folder)
+    for name in sums if names is None else names:
+        if name not in sums:
+            raise InvalidCheckpoint(f"{name} is not listed in {SUMS}")
+        path = folder / name
+        if not path.is_file():
+            raise InvalidCheckpoint(f"{name} is missing from {folder}")
+        if file_digest(path) != sums[name]:
+            raise InvalidCheckpoint(f"{name} was altered or truncated: its sha256 is not the one in {SUMS}")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read and verify a checkpoint: digests, version, shapes, finiteness and orthonormality.
+
+    Raises:
+        InvalidCheckpoint: anything is missing or does not hold; names the file, tensor or field.
+    """
+    if not folder.is_dir():
+        raise InvalidCheckpoint(f"{folder} is not a folder")
+    verify_files(folder, [CONFIG, TENSORS])
+    config = read_json(folder / CONFIG)
+    if config.get("format_version") != FORMAT_VERSION:
+        raise InvalidCheckpoint(
+            f"checkpoint format version {config.get('format_version')!r} is not {FORMAT_VERSION}"
+        )
+    tensors, _ = read_safetensors(folder / TENSORS)
+    try:
+        geometry = AttentionGeometry.from_dict(config["geometry"])
+        key_mode, sharing, codec = config["key_mode"], config["sharing"], config["codec"]["name"]
+        ranks = [(int(entry["key"]["rank"]), int(entry["value"]["rank"])) for entry in config["ranks"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidCheckpoint(f"{CONFIG} lacks a field or holds a wrong one ({error})") from error
+    for name, value, allowed in (
+        ("key_mode", key_mode, KEY_MODES),
+        ("sharing", sharing, SHARINGS),
+        ("codec", codec, tuple(CODECS)),
+    ):
+        if value not in allowed:
+            raise InvalidCheckpoint(f"{CONFIG}: {name} {value!r} is not one of {', '.join(allowed)}")
+    if len(ranks) != geometry.layers:
+        raise InvalidCheckpoint(
+            f"{CONFIG} has ranks for {len(ranks)} layers, its model has {geometry.layers}"
+        )
+    bases = tuple(_read_layer(tensors, i, pair, sharing, geometry) for i, pair in enumerate(ranks))
+    return Checkpoint(folder, config, geometry, key_mode, sharing, codec, bases)
+
+
+def _read_layer(
+    tensors: dict[str, Tensor],
+    layer: int,
+    ranks: tuple[int, int],
+    sharing: Sharing,
+    geometry: AttentionGeometry,
+) -> Bases:
+    found: list[Basis] = []
+    for side, rank in zip(("key", "value"), ranks, strict=True):
+        stored, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=side == "key")
+        name = f"layers.{layer}.{side}.encoder"
+        if not 1 <= rank <= width:
+            raise InvalidCheckpoint(f"layer {layer}: {side} rank {rank} is outside 1..{width}")
+        encoder = tensors.get(name)
+        if encoder is None or tuple(encoder.shape) != (stored, width, rank):
+            shape = None if encoder is None else tuple(encoder.shape)
+            raise InvalidCheckpoint(f"{TENSORS}: {name} has shape {shape}, not {(stored, width, rank)}")
+        decoder = tensors.get(f"layers.{layer}.{side}.decoder", encoder)
+        if decoder.shape != encoder.shape:
+            raise InvalidCheckpoint(f"{TENSORS}: encoder and decoder of layer {layer} {side} differ in shape")
+        if decoder is encoder and (error := orthonormality_error(encoder)) > ORTHONORMALITY_TOLERANCE:
+            raise InvalidCheckpoint(f"{TENSORS}: {name} is not orthonormal (off by {error:.2g})")
+        found.append(Basis(encoder, decoder, geometry.kv_heads, geometry.head_dim))
+    return Bases(found[0], found[1])

@@ -1,0 +1,446 @@
+"""``orthokv``: the library from a terminal. Exit codes: 0 done, 2 bad input, 3 budget unreachable, 1 a defect of ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from orthokv.budget import Budget
+from orthokv.errors import BudgetUnreachable, OrthoKVError
+from orthokv.progress import BarReporter, PlainReporter, Reporter
+
+app = typer.Typer(
+    name="orthokv",
+    help="Make the KV cache of a language model several times smaller.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A local folder or a hub id; safetensors only, no remote code.")]
+Dataset = Annotated[
+    str,
+    typer.Option(help="JSONL, plain text, Parquet, a hub data set id, or 'self': the model writes its own."),
+]
+Field = Annotated[str, typer.Option(help="The field of a row that holds the text.")]
+Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
+Kept = Annotated[float | None, typer.Option(help="Share of the 16-bit cache's bytes to keep, in (0, 1].")]
+LayerError = Annotated[
+    float | None, typer.Option(help="Largest relative error of any decoder layer's output.")
+]
+Increase = Annotated[
+    float | None, typer.Option(help="Largest relative increase of perplexity, checked on held-out text.")
+]
+Samples = Annotated[int, typer.Option(help="Number of token blocks.")]
+Length = Annotated[int, typer.Option(help="Tokens in a block.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+FormOption = Annotated[str, typer.Option(help="adapter, or full: with the base model's own files.")]
+Out = Annotated[Path, typer.Option(help="A folder that does not exist yet.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@contextmanager
+def reporter() -> Iterator[Reporter]:
+    """A live bar in a terminal, plain lines otherwise; both on standard error."""
+    if err_console.is_terminal:
+        with BarReporter(err_console) as bar:
+            yield bar
+    else:
+        yield PlainReporter()
+
+
+@app.command()
+def compress(
+    model: Model,
+    dataset: Dataset,
+    out: Out,
+    kept: Kept = None,
+    layer_error: LayerError = None,
+    perplexity_increase: Increase = None,
+    method: Annotated[str, typer.Option(help="stiefel, eigen, weighted or oblique.")] = "stiefel",
+    sharing: Annotated[str, typer.Option(help="joint, tied or head: which heads share a basis.")] = "joint",
+    key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
+    parameterisation: Annotated[str | None, typer.Option(help="stiefel only: direct or predictor.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
+    num_samples: Samples = 64,
+    sequence_length: Length = 1024,
+    field: Field = "text",
+    form: FormOption = "adapter",
+    seed: int = 0,
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Fit bases, choose ranks for a budget and write a checkpoint."""
+    budget = Budget.from_options(kept=kept, layer_error=layer_error, perplexity_increase=perplexity_increase)
+    from orthokv.checkpoint import FORMS
+    from orthokv.dataset import TextSource
+    from orthokv.errors import InvalidSetting
+    from orthokv.pipeline import FitSettings
+    from orthokv.pipeline import compress as run
+    from orthokv.source import resolve_model
+
+    if form not in FORMS:
+        raise InvalidSetting(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+    settings = FitSettings(
+        method=method,
+        sharing=sharing,  # type: ignore[arg-type]
+        key_mode=key_mode,  # type: ignore[arg-type]
+        parameterisation=parameterisation,
+        steps=steps,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    _refuse_taken(out)
+    source = resolve_model(model, revision=revision)
+    with reporter() as report:
+        made = run(
+            source,
+            TextSource(dataset, field=field),
+            budget,
+            out,
+            settings,
+            form=form,  # type: ignore[arg-type]
+            device=device,
+            report=report,
+        )
+    if as_json:
+        _print_json(
+            {
+                "checkpoint": str(out),
+                "measured": made.measured,
+                "plan": made.plan.to_dict(),
+                "reached": made.reached,
+            }
+        )
+        return
+    from orthokv.report import plan_table
+
+    out_console.print(plan_table(made.plan, made.profile))
+    _print_quality(made.measured)
+    out_console.print(f"checkpoint: {out}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    dataset: Dataset,
+    model: Annotated[
+        str | None, typer.Option(help="The base model, where it is not the one recorded.")
+    ] = None,
+    num_samples: Samples = 32,
+    sequence_length: Length = 1024,
+    field: Field = "text",
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a checkpoint: perplexity, KL, layer errors, live cache bytes and decoding speed."""
+    from orthokv.checkpoint import read_checkpoint
+    from orthokv.dataset import TextSource, load_blocks
+    from orthokv.pipeline import evaluate_checkpoint, load
+    from orthokv.source import load_tokenizer
+
+    found = read_checkpoint(checkpoint)
+    source = _base_of(found, model, revision)
+    blocks = load_blocks(
+        TextSource(dataset, field=field),
+        load_tokenizer(source),
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        max_positions=found.geometry.max_positions,
+    )
+    loaded = load(source, device)
+    with reporter() as report:
+        measured = evaluate_checkpoint(loaded, found, blocks, speed=True, report=report)
+    if as_json:
+        _print_json(measured)
+    else:
+        _print_quality(measured)
+
+
+@app.command()
+def compare(
+    model: Model,
+    dataset: Dataset,
+    kept: Annotated[str, typer.Option(help="Shares of bytes, separated by commas.")],
+    methods: Annotated[str, typer.Option(help="method:sharing[:parameterisation], separated by commas.")],
+    evaluation: Annotated[
+        str | None, typer.Option("--eval", help="Text to evaluate on; default: --dataset.")
+    ] = None,
+    key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
+    allocation: Annotated[
+        str, typer.Option(help="knapsack or uniform ranks, the same for all methods.")
+    ] = "knapsack",
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
+    num_samples: Samples = 64,
+    sequence_length: Length = 1024,
+    eval_samples: Annotated[int, typer.Option(help="Blocks to evaluate on.")] = 32,
+    field: Field = "text",
+    seed: int = 0,
+    device: Device = "auto",
+    revision: Revision = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of quality against bytes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods at equal measured bytes on text that none of them saw."""
+    from orthokv.allocate import ALLOCATIONS
+    from orthokv.compare import MethodChoice, compare_methods
+    from orthokv.dataset import TextSource, load_blocks
+    from orthokv.errors import InvalidSetting
+    from orthokv.pipeline import FitSettings, load, prepare_blocks
+    from orthokv.report import comparison_table
+    from orthokv.source import load_tokenizer, resolve_model
+
+    choices = [MethodChoice.parse(text) for text in methods.split(",")]
+    shares = _shares(kept)
+    if allocation not in ALLOCATIONS[:2]:
+        raise InvalidSetting(f"allocation must be one of {', '.join(ALLOCATIONS[:2])}, not {allocation!r}")
+    settings = FitSettings(
+        key_mode=key_mode,  # type: ignore[arg-type]
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+    )
+    source = resolve_model(model, revision=revision)
+    loaded = load(source, device)
+    with reporter() as report:
+        blocks = prepare_blocks(source, TextSource(dataset, field=field), settings, loaded, report)
+        held_out = load_blocks(
+            TextSource(evaluation or dataset, field=field),
+            load_tokenizer(source),
+            num_samples=eval_samples,
+            sequence_length=sequence_length,
+        )
+        rows = compare_methods(
+            loaded,
+            source,
+            blocks,
+            held_out,
+            shares,
+            choices,
+            settings,
+            steps=steps,
+            allocation=allocation,
+            report=report,
+        )
+    if plot is not None:
+        from orthokv.plots import plot_comparison
+
+        plot_comparison(rows, plot)
+    if as_json:
+        _print_json(
+            {"model": source.id, "evaluation": held_out.source, "rows": [row.to_dict() for row in rows]}
+        )
+    else:
+        out_console.print(comparison_table(rows, rows[0].perplexity_dense))
+
+
+@app.command()
+def plan(
+    profile: Annotated[Path, typer.Argument(help="A folder with a profile: downloaded, or any checkpoint.")],
+    out: Out,
+    kept: Kept = None,
+    layer_error: LayerError = None,
+    allocation: Annotated[
+        str, typer.Option(help="knapsack, uniform, or EigenAttention's threshold rule.")
+    ] = "knapsack",
+    form: FormOption = "adapter",
+    model: Annotated[str | None, typer.Option(help="The base model's files, for --form full.")] = None,
+    revision: Revision = None,
+) -> None:
+    """Make another checkpoint from a stored profile: seconds, no fitting, no model."""
+    from orthokv.allocate import allocate
+    from orthokv.checkpoint import write_checkpoint
+    from orthokv.profile import ErrorProfile
+    from orthokv.report import plan_table
+    from orthokv.source import resolve_model
+
+    budget = Budget.from_options(kept=kept, layer_error=layer_error)
+    _refuse_taken(out)
+    found = ErrorProfile.load(profile)
+    chosen = allocate(found, budget, allocation)  # type: ignore[arg-type]
+    base = resolve_model(model or found.model["id"], revision=revision) if form == "full" else None
+    write_checkpoint(found, chosen, out, form=form, base=base)  # type: ignore[arg-type]
+    out_console.print(plan_table(chosen, found))
+    out_console.print(
+        f"checkpoint: {out} (quality not measured: orthokv evaluate {out} --dataset FILE)", soft_wrap=True
+    )
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base model, where it is not the one recorded.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    device: Device = "auto",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with the compressed cache, and show what the cache held."""
+    from orthokv.checkpoint import read_checkpoint
+    from orthokv.generation import generate as run
+    from orthokv.pipeline import load
+    from orthokv.source import load_tokenizer
+
+    found = read_checkpoint(checkpoint)
+    source = _base_of(found, model, revision)
+    made = run(load(source, device), load_tokenizer(source), found, prompt, max_new_tokens)
+    if as_json:
+        _print_json(made.to_dict())
+        return
+    out_console.print(made.text, markup=False, highlight=False, soft_wrap=True)
+    err_console.print(
+        f"cache: {made.cache_bytes} bytes for {made.cached_tokens} tokens, "
+        f"{100 * made.kept:.1f} % of {made.cache_bytes_dense} uncompressed"
+    )
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint or profile folder.")],
+    plot: Annotated[Path | None, typer.Option(help="Write a PNG of the error-rank profile.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify every file of a checkpoint or profile and show what is in it."""
+    from orthokv.checkpoint import CONFIG, read_checkpoint, verify_files
+    from orthokv.profile import ErrorProfile
+    from orthokv.report import profile_table
+
+    described: dict[str, Any] = {}
+    if (folder / CONFIG).is_file():
+        verify_files(folder)
+        described = read_checkpoint(folder).config
+    found = ErrorProfile.load(folder)
+    if plot is not None:
+        from orthokv.plots import plot_profile
+
+        plot_profile(found, plot)
+    if as_json:
+        _print_json(described or found.to_dict())
+        return
+    out_console.print(profile_table(found))
+    if described:
+        cache = described["cache"]
+        out_console.print(
+            f"{folder}: sound; {cache['bytes_per_token']} of {cache['bytes_per_token_dense']} bytes a token "
+            f"({100 * cache['kept']:.1f} %), {described['method']['name']}:{described['sharing']}, "
+            f"keys {described['key_mode']}-RoPE, base model {described['base_model']['id']}",
+            soft_wrap=True,
+        )
+        if described["measured"] is not None:
+            _print_quality(described["measured"])
+
+
+# ------------------------------------------------------------------------------------- shared by commands
+
+
+def _base_of(checkpoint: Any, model: str | None, revision: str | None) -> Any:
+    from orthokv.source import resolve_model
+
+    recorded = checkpoint.config["base_model"]
+    if model is None:
+        return resolve_model(recorded["id"], revision=revision or recorded["revision"])
+    return resolve_model(model, revision=revision)
+
+
+def _refuse_taken(out: Path) -> None:
+    """Before hours of fitting, not after them."""
+    from orthokv.errors import InvalidSetting
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidSetting(f"{out} exists and is not an empty folder")
+
+
+def _shares(text: str) -> list[float]:
+    from orthokv.errors import InvalidSetting
+
+    try:
+        return [Budget("kept", float(part)).value for part in text.split(",")]
+    except ValueError as error:
+        raise InvalidSetting(f"--kept {text!r}: {error}") from error
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def _print_quality(measured: dict[str, Any]) -> None:
+    ratio = measured["perplexity"] / measured["perplexity_dense"]
+    out_console.print(
+        f"perplexity {measured['perplexity']:.3f}, uncompressed {measured['perplexity_dense']:.3f} "
+        f"([bold]{ratio:.3f} x[/bold]), KL {measured['kl']:.4f} nats over {measured['tokens']} tokens"
+    )
+    out_console.print(
+        f"live cache {measured['cache_bytes_per_token']:g} of {measured['cache_bytes_per_token_dense']:g} bytes a token "
+        f"([bold]kept {100 * measured['kept']:.1f} %[/bold])"
+    )
+    if "tokens_per_second" in measured:
+        out_console.print(
+            f"decoding {measured['tokens_per_second']:.1f} tokens/s, uncompressed "
+            f"{measured['tokens_per_second_dense']:.1f} ({measured['device']})"
+        )
+
+
+def _add_commands() -> None:
+    """Commands of installed packages (the service adds ``serve`` and ``jobs``); the library itself imports none of them."""
+    for entry in entry_points(group="orthokv.commands"):
+        try:
+            command = entry.load()
+        except ModuleNotFoundError as error:
+            missing = error.name
+            # The library may be installed without the service's extras: say so when the command is used.
+            app.command(entry.name, help=f"Needs the extra orthokv[server] ({missing} is not installed).")(
+                _unavailable(entry.name, missing)
+            )
+            continue
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=entry.name)
+        else:
+            app.command(entry.name)(command)
+
+
+def _unavailable(name: str, missing: str | None) -> Any:
+    def command() -> None:
+        from orthokv.errors import InvalidSetting
+
+        raise InvalidSetting(
+            f"'orthokv {name}' needs pip install 'orthokv[server]' ({missing} is not installed)"
+        )
+
+    return command
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    _add_commands()
+    try:
+        app(arguments, standalone_mode=True)
+    except BudgetUnreachable as error:
+        err_console.print(f"orthokv: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(3)
+    except OrthoKVError as error:
+        err_console.print(f"orthokv: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Methods that fit bases. The registry is :data:`METHODS`: a name, and the dataclass behind it."""
+
+from __future__ import annotations
+
+from orthokv.errors import InvalidSetting
+from orthokv.methods.base import FittedBases, Method
+from orthokv.methods.eigen import Eigen
+from orthokv.methods.oblique import Oblique
+from orthokv.methods.stiefel import Stiefel
+from orthokv.methods.weighted import Weighted
+
+METHODS: dict[str, type[Eigen] | type[Stiefel] | type[Weighted] | type[Oblique]] = {
+    "eigen": Eigen,
+    "stiefel": Stiefel,
+    "weighted": Weighted,
+    "oblique": Oblique,
+}
+
+__all__ = ["METHODS", "Eigen", "FittedBases", "Method", "Oblique", "Stiefel", "Weighted", "make_method"]
+
+
+def make_method(name: str, **settings: object) -> Method:
+    """A method by name, with those of ``settings`` that are not None.
+
+    Raises:
+        InvalidSetting: unknown method, or a setting that it does not have.
+    """
+    method = METHODS.get(name)
+    if method is None:
+        raise InvalidSetting(f"method must be one of {', '.join(METHODS)}, not {name!r}")
+    given = {key: value for key, value in settings.items() if value is not None}
+    unknown = given.keys() - method.__dataclass_fields__.keys()
+    if unknown:
+        raise InvalidSetting(f"method {name!r} has no setting {', '.join(sorted(unknown))}")
+    return method(**given)  # type: ignore[arg-type]

@@ -1,0 +1,105 @@
+"""What the learned methods share: which ranks a step trains, and the loop over the layer's own output error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from orthokv.attention import Bases
+from orthokv.capture import LayerView
+from orthokv.errors import InvalidModel
+
+# Ranks that a step may train, as shares of the width. Below the first a cache is useless, above the second the closed
+# form is already exact to within rounding.
+SMALLEST_SHARE, LARGEST_SHARE = 1 / 16, 3 / 4
+_GOLDEN = 0.5 * (math.sqrt(5) - 1)
+_PLASTIC = 0.7548776662466927  # with its square, the two-dimensional golden ratio (Roberts 2018)
+
+
+def rank_pairs(width_key: int, width_value: int, seed: int) -> Iterator[tuple[int, int]]:
+    """An endless, evenly spread sequence of (rank_key, rank_value), log-uniform in each.
+
+    Training every prefix of the columns at once is what makes one fit serve all ranks (nested bases). The two ranks follow
+    a two-dimensional low-discrepancy sequence, which covers the square far more evenly in few steps than random draws.
+    """
+    spread = math.log(LARGEST_SHARE / SMALLEST_SHARE)
+    u, v = (seed * _GOLDEN) % 1.0, (seed * _GOLDEN * _GOLDEN) % 1.0
+    while True:
+        u, v = (u + _PLASTIC) % 1.0, (v + _PLASTIC * _PLASTIC) % 1.0
+        shares = (SMALLEST_SHARE * math.exp(spread * x) for x in (u, v))
+        rank_key, rank_value = (
+            max(1, round(s * w)) for s, w in zip(shares, (width_key, width_value), strict=True)
+        )
+        yield rank_key, rank_value
+
+
+@dataclass
+class Adam:
+    """Adam's direction for one tensor, without weight decay; the caller applies it (on a manifold, after projecting)."""
+
+    like: Tensor
+    beta1: float = 0.9
+    beta2: float = 0.99
+
+    def __post_init__(self) -> None:
+        self.mean = torch.zeros_like(self.like)
+        self.square = torch.zeros_like(self.like)
+        self.count = 0
+
+    def direction(self, gradient: Tensor) -> Tensor:
+        self.count += 1
+        self.mean.lerp_(gradient, 1 - self.beta1)
+        self.square.lerp_(gradient.square(), 1 - self.beta2)
+        mean = self.mean / (1 - self.beta1**self.count)
+        square = self.square / (1 - self.beta2**self.count)
+        return mean / (square.sqrt() + 1e-12)
+
+
+def descend(
+    view: LayerView,
+    variables: list[Tensor],
+    bases_of: Callable[[int, int], Bases],
+    update: Callable[[int, Tensor, float], None],
+    *,
+    widths: tuple[int, int],
+    steps: int,
+    seed: int,
+    blocks_per_step: int = 4,
+) -> list[float]:
+    """Minimise the layer's error over ``variables`` for ``steps`` steps; returns the loss of each step.
+
+    The logarithm of the squared relative error is minimised: an error at a high rank is a hundred times smaller than one at
+    a low rank and would otherwise not count. ``update(i, gradient, factor)`` moves variable ``i``; ``factor`` follows a
+    cosine from 1 to 0.
+
+    Raises:
+        InvalidModel: the loss is not finite.
+    """
+    pairs = rank_pairs(*widths, seed)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    losses: list[float] = []
+    for step in range(steps):
+        if len(order) < blocks_per_step:
+            order = torch.randperm(view.blocks, generator=generator).tolist()
+        blocks, order = order[:blocks_per_step], order[blocks_per_step:]
+        for variable in variables:
+            variable.requires_grad_(True)
+        with torch.enable_grad():
+            loss = view.loss(bases_of(*next(pairs)), blocks).clamp_min(1e-20).log()
+            gradients = torch.autograd.grad(loss, variables)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise InvalidModel(f"the error of layer {view.index} is not finite at step {step}")
+        losses.append(value)
+        factor = 0.5 * (1 + math.cos(math.pi * step / steps))
+        with torch.no_grad():
+            for i, gradient in enumerate(gradients):
+                update(i, gradient, factor)
+    for variable in variables:
+        variable.requires_grad_(False)
+    return losses

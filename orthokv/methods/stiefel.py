@@ -1,0 +1,89 @@
+"""StiefAttention (Benfenati et al., arXiv 2601.21686): points on the Stiefel manifold that minimise a layer's output error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from orthokv.attention import Bases
+from orthokv.basis import RETRACTIONS, Basis, Sharing, orthonormal, tangent
+from orthokv.capture import LayerView
+from orthokv.errors import InvalidSetting
+from orthokv.methods.base import FittedBases, descending_eigh, grouped_moment
+from orthokv.methods.learning import Adam, descend
+from orthokv.methods.predictor import fit_predictor
+from orthokv.methods.weighted import whitened_layer
+
+DIRECT_STEPS, PREDICTOR_EPOCHS = 100, 50
+Parameterisation = Literal["direct", "predictor"]
+
+
+@dataclass(frozen=True)
+class Stiefel:
+    """Orthonormal bases, learned through the whole decoder layer (paper section 3).
+
+    Attributes:
+        parameterisation: ``"direct"`` moves the point itself, from a closed-form start. ``"predictor"`` is the paper's: an
+            MLP maps the mean and variance of the activations to a matrix whose QR factor is the basis.
+        steps: optimiser steps a layer for ``direct`` (None: 100); for ``predictor`` the largest number of epochs (None: the
+            paper's 50).
+        step_size: how far a column turns in a step at the start, in radians, about (``direct``).
+        start: where ``direct`` starts: the singular vectors (``"eigen"``) or the orthonormalised weighted closed form.
+        retraction: a key of :data:`orthokv.basis.RETRACTIONS`.
+    """
+
+    name: ClassVar[str] = "stiefel"
+    learned: ClassVar[bool] = True
+    parameterisation: Parameterisation = "direct"
+    steps: int | None = None
+    step_size: float = 0.05
+    start: Literal["eigen", "weighted"] = "eigen"
+    retraction: str = "cholesky"
+
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 1:
+            raise InvalidSetting(f"steps must be at least 1, not {self.steps}")
+        if self.parameterisation not in ("direct", "predictor"):
+            raise InvalidSetting(
+                f"parameterisation must be 'direct' or 'predictor', not {self.parameterisation!r}"
+            )
+        if self.retraction not in RETRACTIONS:
+            raise InvalidSetting(
+                f"retraction must be one of {', '.join(RETRACTIONS)}, not {self.retraction!r}"
+            )
+
+    def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
+        if self.parameterisation == "predictor":
+            return fit_predictor(view, sharing, seed, epochs=self.steps or PREDICTOR_EPOCHS)
+        geometry = view.geometry
+        retract = RETRACTIONS[self.retraction]
+        points = [p.float().to(view.walk.device) for p in self._start(view, sharing)]
+        optimisers = [Adam(p) for p in points]
+
+        def basis(side: int, rank: int | None = None) -> Basis:
+            return orthonormal(points[side][..., :rank], geometry.kv_heads, geometry.head_dim)
+
+        def update(i: int, gradient: Tensor, factor: float) -> None:
+            direction = optimisers[i].direction(tangent(points[i], gradient))
+            step = self.step_size * factor / points[i].shape[-2] ** 0.5
+            points[i].copy_(retract(points[i] - step * tangent(points[i], direction)))
+
+        losses = descend(
+            view,
+            points,
+            lambda rank_key, rank_value: Bases(basis(0, rank_key), basis(1, rank_value)),
+            update,
+            widths=(points[0].shape[-1], points[1].shape[-1]),
+            steps=self.steps or DIRECT_STEPS,
+            seed=seed,
+        )
+        return FittedBases(basis(0).to("cpu"), basis(1).to("cpu"), {"loss": losses})
+
+    def _start(self, view: LayerView, sharing: Sharing) -> list[Tensor]:
+        if self.start == "eigen":
+            return [descending_eigh(grouped_moment(view, sharing, name))[1] for name in ("key", "value")]
+        # QR keeps the spans of every prefix of the weighted encoder's columns, so the order of importance survives.
+        return [torch.linalg.qr(side.root @ side.vectors)[0] for side in whitened_layer(view, sharing)]

@@ -1,0 +1,388 @@
+"""From a model and text to a checkpoint: the one way in, as steps that can also run apart.
+
+``compress`` runs all of them in this process. The service runs the same functions as separate, resumable steps: blocks,
+layers one by one, the profile, a checkpoint, its evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from orthokv.allocate import Allocation, Plan, allocate, allocate_for_perplexity
+from orthokv.attention import Bases, Seam, seam_of
+from orthokv.basis import KEY_MODES, SHARINGS, KeyMode, Sharing
+from orthokv.budget import Budget
+from orthokv.capture import LayerWalk, view_layer
+from orthokv.checkpoint import Checkpoint, Form, record_measurements, write_checkpoint
+from orthokv.codecs import DEFAULT_CODEC, store_dtype
+from orthokv.dataset import Blocks, TextSource, load_blocks, self_text
+from orthokv.errors import InvalidSetting
+from orthokv.evaluate import block_logits, cache_size, divergence, layer_errors, quality, tokens_per_second
+from orthokv.fingerprint import weight_fingerprints
+from orthokv.geometry import AttentionGeometry, check_key_mode
+from orthokv.methods import make_method
+from orthokv.profile import ErrorProfile, LayerProfile, measure_layer
+from orthokv.progress import Reporter, Step, counter, silent
+from orthokv.runtime.attach import attach, detach
+from orthokv.source import ModelSource, load_config, load_model, load_tokenizer, resolve_device
+
+# One block in eight is held out of the fit: for perplexity budgets, sensitivities and the checkpoint's own figures.
+HOLDOUT_SHARE = 8
+# Each layer's sensitivity is measured at about this share of its widths, where typical plans lie.
+SENSITIVITY_SHARE = 0.25
+SENSITIVITY_BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Everything that a fit depends on besides the model and the text.
+
+    Attributes:
+        method: a key of :data:`orthokv.methods.METHODS`.
+        sharing, key_mode: see :mod:`orthokv.basis`.
+        parameterisation, steps: settings of the method; None takes the method's default.
+        num_samples, sequence_length: calibration blocks, of which one in eight is held out.
+        seed: of everything random.
+        profile_samples: blocks on which the error surface is measured.
+        batch_size: blocks in one forward of a layer.
+    """
+
+    method: str = "stiefel"
+    sharing: Sharing = "joint"
+    key_mode: KeyMode = "pre"
+    parameterisation: str | None = None
+    steps: int | None = None
+    num_samples: int = 64
+    sequence_length: int = 1024
+    seed: int = 0
+    profile_samples: int = 4
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sharing not in SHARINGS:
+            raise InvalidSetting(f"sharing must be one of {', '.join(SHARINGS)}, not {self.sharing!r}")
+        if self.key_mode not in KEY_MODES:
+            raise InvalidSetting(f"key mode must be one of {', '.join(KEY_MODES)}, not {self.key_mode!r}")
+        if self.num_samples < 2:
+            raise InvalidSetting(f"num_samples must be at least 2 (one is held out), not {self.num_samples}")
+        for name in ("profile_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InvalidSetting(f"{name} must be at least 1, not {getattr(self, name)}")
+        self.make_method()
+
+    def make_method(self) -> Any:
+        """The method with its hyper-parameters; :class:`InvalidSetting` where it does not have one that was given."""
+        return make_method(self.method, parameterisation=self.parameterisation, steps=self.steps)
+
+    @property
+    def holdout(self) -> int:
+        return max(1, self.num_samples // HOLDOUT_SHARE)
+
+
+# ----------------------------------------------------------------------------------------------- the steps
+
+
+def load(source: ModelSource, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model for calibration and evaluation: float32 on a CPU, whose 16-bit arithmetic is slow and coarse."""
+    target = resolve_device(device)
+    if dtype is None and target.type == "cpu":
+        dtype = torch.float32
+    return load_model(source, dtype=dtype, device=str(target))
+
+
+def read_geometry(source: ModelSource) -> AttentionGeometry:
+    """The geometry of a model on disk, from its configuration alone.
+
+    Raises:
+        UnsupportedModel: see :meth:`AttentionGeometry.from_config`.
+    """
+    return AttentionGeometry.from_config(load_config(source))
+
+
+def prepare_blocks(
+    source: ModelSource,
+    text: TextSource,
+    settings: FitSettings,
+    model: PreTrainedModel | None = None,
+    report: Reporter = silent,
+) -> Blocks:
+    """Calibration blocks, held-out ones included, from text or from the model itself."""
+    if text.resolved_format() == "self":
+        return self_text(
+            model if model is not None else load(source),
+            num_samples=settings.num_samples,
+            sequence_length=settings.sequence_length,
+            seed=settings.seed,
+            progress=counter(report, "sampling", "tokens"),
+        )
+    return load_blocks(
+        text,
+        load_tokenizer(source),
+        num_samples=settings.num_samples,
+        sequence_length=settings.sequence_length,
+        max_positions=read_geometry(source).max_positions,
+    )
+
+
+def fit_layers(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    settings: FitSettings,
+    layers: Iterable[int] | None = None,
+    report: Reporter = silent,
+) -> Iterator[LayerProfile]:
+    """Fit layers one by one, in order, each on what the uncompressed layers before it produce.
+
+    Args:
+        layers: which ones; the others are only run through. A layer's result does not depend on which others are fitted.
+    """
+    geometry = AttentionGeometry.from_config(model.config)
+    wanted = sorted(set(range(geometry.layers) if layers is None else layers))
+    if wanted and not 0 <= wanted[0] <= wanted[-1] < geometry.layers:
+        raise InvalidSetting(f"layers {wanted} are outside 0..{geometry.layers - 1}")
+    method = settings.make_method()
+    fitting, _ = blocks.split(settings.holdout)
+    report(Step("fitting", 0, len(wanted), "layers"))
+    with Seam(model, settings.key_mode) as seam:
+        walk = LayerWalk(model, fitting.tokens, settings.batch_size)
+        for index in range(wanted[-1] + 1 if wanted else 0):
+            if index in wanted:
+                view = view_layer(walk, seam, index)
+                # The seed of a layer is its own, so that a resumed fit continues exactly as an unbroken one.
+                fitted = method.fit(view, settings.sharing, settings.seed * 100_003 + index)
+                yield measure_layer(view, fitted, settings.profile_samples)
+                report(Step("fitting", wanted.index(index) + 1, len(wanted), "layers"))
+            else:
+                walk.run(index)
+            walk.advance()
+
+
+def build_profile(
+    model: PreTrainedModel,
+    source: ModelSource,
+    blocks: Blocks,
+    layers: Sequence[LayerProfile],
+    settings: FitSettings,
+    report: Reporter = silent,
+) -> ErrorProfile:
+    """Put fitted layers together and measure how much the model's predictions depend on each."""
+    geometry = AttentionGeometry.from_config(model.config)
+    method = settings.make_method()
+    profile = ErrorProfile(
+        geometry=geometry,
+        key_mode=settings.key_mode,
+        sharing=settings.sharing,
+        layers=tuple(sorted(layers, key=lambda layer: layer.index)),
+        model={
+            "id": source.id,
+            "revision": source.revision,
+            "digest": source.digest,
+            "fingerprints": weight_fingerprints(model),
+        },
+        dataset={
+            "source": blocks.source,
+            "digest": blocks.digest,
+            "num_samples": len(blocks),
+            "sequence_length": int(blocks.tokens.shape[1]),
+            "held_out": settings.holdout,
+        },
+        method={"name": method.name, **asdict(method)},
+        seed=settings.seed,
+    )
+    _, held_out = blocks.split(settings.holdout)
+    return profile.with_sensitivities(sensitivities(model, profile, held_out, report))
+
+
+@torch.no_grad()
+def sensitivities(
+    model: PreTrainedModel, profile: ErrorProfile, blocks: Blocks, report: Reporter = silent
+) -> list[float]:
+    """KL divergence of the predictions per squared error of each layer, with only that layer compressed.
+
+    The error in the denominator is the profile's own at the same ranks, so that ``sensitivity * error^2`` reproduces the
+    measured divergence there.
+    """
+    tokens = blocks.tokens[:SENSITIVITY_BLOCKS]
+    total = [0.0] * len(profile.layers)
+    points = [_sensitivity_point(layer) for layer in profile.layers]
+    with Seam(model, profile.key_mode) as seam:
+        for n, block in enumerate(tokens):
+            dense = block_logits(model, block)
+            for i, (layer, (a, b)) in enumerate(zip(profile.layers, points, strict=True)):
+                bases = _on(model, layer.bases(layer.ranks_key[a], layer.ranks_value[b]))
+                seam.set_bases(i, bases)
+                total[i] += divergence(dense, block_logits(model, block)) / (len(block) - 1)
+                seam.set_bases(i, None)
+                report(Step("sensitivity", n * len(points) + i + 1, len(tokens) * len(points), "layers"))
+    return [
+        kl / len(tokens) / max(float(layer.error[a, b]) ** 2, 1e-12)
+        for kl, layer, (a, b) in zip(total, profile.layers, points, strict=True)
+    ]
+
+
+def _sensitivity_point(layer: LayerProfile) -> tuple[int, int]:
+    """Indices of the candidate ranks closest to :data:`SENSITIVITY_SHARE` of the widths."""
+
+    def closest(ranks: tuple[int, ...]) -> int:
+        return min(range(len(ranks)), key=lambda i: abs(ranks[i] / ranks[-1] - SENSITIVITY_SHARE))
+
+    return closest(layer.ranks_key), closest(layer.ranks_value)
+
+
+def _on(model: PreTrainedModel, bases: Bases, codec: str = "native") -> Bases:
+    """Bases in the model's dtype and on its device, storing latents as the codec says."""
+    assert bases.key is not None
+    assert bases.value is not None
+    device, dtype = model.device, model.dtype
+    return Bases(bases.key.to(device, dtype), bases.value.to(device, dtype), store_dtype(codec, dtype))
+
+
+def planned_bases(
+    model: PreTrainedModel, profile: ErrorProfile, plan: Plan, codec: str = DEFAULT_CODEC
+) -> list[Bases]:
+    """The bases of a plan, ready to use on a model."""
+    pairs = zip(profile.layers, plan.ranks, strict=True)
+    return [_on(model, layer.bases(*ranks), codec) for layer, ranks in pairs]
+
+
+def make_plan(
+    profile: ErrorProfile,
+    budget: Budget,
+    allocation: Allocation = "knapsack",
+    *,
+    model: PreTrainedModel | None = None,
+    held_out: Blocks | None = None,
+    report: Reporter = silent,
+) -> tuple[Plan, float | None]:
+    """Ranks for a budget, and the perplexity increase reached where the budget is one.
+
+    Raises:
+        BudgetUnreachable: see :func:`orthokv.allocate.allocate`.
+        InvalidSetting: a perplexity budget without a model and held-out blocks.
+    """
+    if budget.metric != "perplexity_increase":
+        return allocate(profile, budget, allocation), None
+    if model is None or held_out is None:
+        raise InvalidSetting(
+            "a perplexity_increase budget needs the model and held-out text to be checked on"
+        )
+    tried = 0
+    with Seam(model, profile.key_mode) as seam:
+
+        def increase(plan: Plan) -> float:
+            nonlocal tried
+            tried += 1
+            report(Step("planning", tried, max(tried, 9), "plans"))
+            return quality(seam, planned_bases(model, profile, plan), held_out).increase
+
+        return allocate_for_perplexity(profile, budget, increase)
+
+
+def evaluate_checkpoint(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    blocks: Blocks,
+    *,
+    speed: bool = False,
+    report: Reporter = silent,
+) -> dict[str, Any]:
+    """Attach a checkpoint, measure it against the same model without it, and detach.
+
+    Returns:
+        ``perplexity``, ``perplexity_dense``, ``kl`` (nats a token), ``kept``, ``cache_bytes_per_token``,
+        ``cache_bytes_per_token_dense``, ``tokens``, ``layer_error`` and ``layer_cosine`` by layer, ``dataset``; with ``speed``
+        also ``tokens_per_second``, ``tokens_per_second_dense`` and ``device``.
+    """
+    attach(model, checkpoint)
+    try:
+        seam = seam_of(model)
+        assert seam is not None
+        bases = [state for i in range(len(seam.modules)) if (state := seam.state(i).bases) is not None]
+        found = quality(seam, bases, blocks, report)
+        size = cache_size(seam, bases, blocks.tokens[0])
+        errors, cosines = layer_errors(seam, bases, Blocks.of(blocks.tokens[:4], blocks.source))
+        measured: dict[str, Any] = {
+            "perplexity": found.perplexity,
+            "perplexity_dense": found.perplexity_dense,
+            "kl": found.kl,
+            "kept": size.kept,
+            "cache_bytes_per_token": size.bytes_per_token,
+            "cache_bytes_per_token_dense": size.bytes_per_token_dense,
+            "tokens": found.tokens,
+            "layer_error": errors,
+            "layer_cosine": cosines,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "dataset": {
+                "source": blocks.source,
+                "digest": blocks.digest,
+                "num_samples": len(blocks),
+                "sequence_length": int(blocks.tokens.shape[1]),
+            },
+        }
+        if speed:
+            prompt = blocks.tokens[0][: max(2, blocks.tokens.shape[1] // 2)]
+            measured["tokens_per_second"], measured["tokens_per_second_dense"] = tokens_per_second(
+                seam, bases, prompt
+            )
+            measured["device"] = _device_name(model.device)
+        return measured
+    finally:
+        detach(model)
+
+
+def _device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- one way in
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What :func:`compress` made."""
+
+    checkpoint: Checkpoint
+    profile: ErrorProfile
+    plan: Plan
+    measured: dict[str, Any]
+    reached: float | None
+
+
+def compress(
+    source: ModelSource,
+    text: TextSource,
+    budget: Budget,
+    out: Path,
+    settings: FitSettings | None = None,
+    *,
+    form: Form = "adapter",
+    device: str = "auto",
+    report: Reporter = silent,
+) -> Compressed:
+    """Fit, plan, write a checkpoint to ``out`` and measure it on the held-out blocks.
+
+    Raises:
+        OrthoKVError: any of its kinds; nothing is left at ``out``.
+    """
+    settings = settings or FitSettings()
+    check_key_mode(read_geometry(source), settings.key_mode)  # before any weight is read
+    model = load(source, device)
+    blocks = prepare_blocks(source, text, settings, model, report)
+    layers = list(fit_layers(model, blocks, settings, report=report))
+    profile = build_profile(model, source, blocks, layers, settings, report)
+    _, held_out = blocks.split(settings.holdout)
+    plan, reached = make_plan(profile, budget, model=model, held_out=held_out, report=report)
+    checkpoint = write_checkpoint(profile, plan, out, form=form, base=source)
+    measured = evaluate_checkpoint(model, checkpoint, held_out, report=report)
+    record_measurements(out, measured)
+    return Compressed(checkpoint, profile, plan, measured, reached)

@@ -1,0 +1,264 @@
+"""The error-rank profile: the durable product of a fit. A new budget needs only this, no model and no GPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from orthokv.attention import Bases
+from orthokv.basis import Basis, KeyMode, Sharing
+from orthokv.capture import LayerView
+from orthokv.errors import InvalidCheckpoint
+from orthokv.geometry import AttentionGeometry
+from orthokv.methods.base import FittedBases
+
+PROFILE_VERSION = 1
+PROFILE_JSON, PROFILE_TENSORS = "profile.json", "profile.safetensors"
+
+# Where a layer's error is measured, as shares of the width; all are multiples of 1/32, the step of the allocator.
+CANDIDATE_SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """Bases of one layer at full rank and the error of its output over candidate ranks.
+
+    Attributes:
+        index: the layer.
+        key, value: bases at full rank, float32, on the CPU.
+        ranks_key, ranks_value: candidate ranks per group, ascending; the last is the full rank.
+        error: float64 ``[len(ranks_key), len(ranks_value)]``, ``||Z - Z~||_F / ||Z||_F`` on calibration blocks, measured.
+        cosine: same shape, mean over tokens of the cosine of Z and Z~.
+        sensitivity: mean KL divergence of the model's next-token distribution per squared error of this layer, measured with
+            only this layer compressed; None until :func:`orthokv.pipeline.profile_model` has measured it.
+        spectrum_key, spectrum_value: singular values ``[groups, width]`` where the method has them.
+    """
+
+    index: int
+    key: Basis
+    value: Basis
+    ranks_key: tuple[int, ...]
+    ranks_value: tuple[int, ...]
+    error: Tensor
+    cosine: Tensor
+    sensitivity: float | None = None
+    spectrum_key: Tensor | None = None
+    spectrum_value: Tensor | None = None
+
+    def bases(self, rank_key: int, rank_value: int) -> Bases:
+        return Bases(self.key.truncate(rank_key), self.value.truncate(rank_value))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat names for a safetensors file, prefixed with the layer."""
+        found: dict[str, Tensor] = {"error": self.error, "cosine": self.cosine}
+        for side, basis in (("key", self.key), ("value", self.value)):
+            found[f"{side}.encoder"] = basis.encoder
+            if not basis.orthonormal:
+                found[f"{side}.decoder"] = basis.decoder
+        for side, spectrum in (("key", self.spectrum_key), ("value", self.spectrum_value)):
+            if spectrum is not None:
+                found[f"{side}.spectrum"] = spectrum
+        return {f"layers.{self.index}.{name}": tensor.contiguous() for name, tensor in found.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The readable part: everything but the bases."""
+        return {
+            "index": self.index,
+            "ranks_key": list(self.ranks_key),
+            "ranks_value": list(self.ranks_value),
+            "groups_key": self.key.groups,
+            "groups_value": self.value.groups,
+            "error": self.error.tolist(),
+            "cosine": self.cosine.tolist(),
+            "sensitivity": self.sensitivity,
+        }
+
+    @classmethod
+    def from_parts(
+        cls, data: dict[str, Any], tensors: dict[str, Tensor], geometry: AttentionGeometry
+    ) -> LayerProfile:
+        prefix = f"layers.{data['index']}."
+
+        def basis(side: str) -> Basis:
+            encoder = tensors[f"{prefix}{side}.encoder"]
+            decoder = tensors.get(f"{prefix}{side}.decoder", encoder)
+            return Basis(encoder, decoder, geometry.kv_heads, geometry.head_dim)
+
+        return cls(
+            index=int(data["index"]),
+            key=basis("key"),
+            value=basis("value"),
+            ranks_key=tuple(data["ranks_key"]),
+            ranks_value=tuple(data["ranks_value"]),
+            error=tensors[prefix + "error"],
+            cosine=tensors[prefix + "cosine"],
+            sensitivity=data["sensitivity"],
+            spectrum_key=tensors.get(prefix + "key.spectrum"),
+            spectrum_value=tensors.get(prefix + "value.spectrum"),
+        )
+
+    def save(self, path: Path, geometry: AttentionGeometry) -> None:
+        """One layer as one file, which is what an interrupted fit leaves behind and resumes from."""
+        metadata = {"layer": json.dumps(self.to_dict()), "geometry": json.dumps(geometry.to_dict())}
+        save_file(self.tensors(), path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path) -> LayerProfile:
+        """Read a file written by :meth:`save`; raises :class:`InvalidCheckpoint` for anything else."""
+        tensors, metadata = read_safetensors(path)
+        try:
+            geometry = AttentionGeometry.from_dict(json.loads(metadata["geometry"]))
+            return cls.from_parts(json.loads(metadata["layer"]), tensors, geometry)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidCheckpoint(f"{path.name} is not a layer of a profile ({error})") from error
+
+
+@dataclass(frozen=True)
+class ErrorProfile:
+    """Profiles of all layers, with what they were measured on.
+
+    ``model`` holds id, revision, digest and weight fingerprint; ``dataset`` source, digest, number and length of samples;
+    ``method`` the name and hyper-parameters of the fit. All are written into every checkpoint made from the profile.
+    """
+
+    geometry: AttentionGeometry
+    key_mode: KeyMode
+    sharing: Sharing
+    layers: tuple[LayerProfile, ...]
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    method: dict[str, Any]
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        from orthokv import __version__
+
+        return {
+            "format_version": PROFILE_VERSION,
+            "producer": {"name": "orthokv", "version": __version__},
+            "model": self.model,
+            "geometry": self.geometry.to_dict(),
+            "key_mode": self.key_mode,
+            "sharing": self.sharing,
+            "method": self.method,
+            "dataset": self.dataset,
+            "seed": self.seed,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``profile.json`` and ``profile.safetensors`` into an existing folder."""
+        tensors = {name: t for layer in self.layers for name, t in layer.tensors().items()}
+        save_file(tensors, folder / PROFILE_TENSORS)
+        (folder / PROFILE_JSON).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> ErrorProfile:
+        """Read a profile from a folder that holds one (a profile, or a checkpoint).
+
+        Raises:
+            InvalidCheckpoint: files are missing, truncated, of another version, or disagree with each other.
+        """
+        data = read_json(folder / PROFILE_JSON)
+        if data.get("format_version") != PROFILE_VERSION:
+            raise InvalidCheckpoint(
+                f"profile format version {data.get('format_version')!r} is not {PROFILE_VERSION}"
+            )
+        tensors, _ = read_safetensors(folder / PROFILE_TENSORS)
+        try:
+            geometry = AttentionGeometry.from_dict(data["geometry"])
+            layers = tuple(LayerProfile.from_parts(entry, tensors, geometry) for entry in data["layers"])
+            profile = cls(
+                geometry=geometry,
+                key_mode=data["key_mode"],
+                sharing=data["sharing"],
+                layers=layers,
+                model=data["model"],
+                dataset=data["dataset"],
+                method=data["method"],
+                seed=int(data["seed"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidCheckpoint(
+                f"{PROFILE_JSON} and {PROFILE_TENSORS} do not fit together ({error})"
+            ) from error
+        if [layer.index for layer in layers] != list(range(geometry.layers)):
+            raise InvalidCheckpoint(f"the profile has {len(layers)} layers, its model {geometry.layers}")
+        return profile
+
+    def with_sensitivities(self, sensitivities: list[float]) -> ErrorProfile:
+        layers = tuple(
+            replace(layer, sensitivity=s) for layer, s in zip(self.layers, sensitivities, strict=True)
+        )
+        return replace(self, layers=layers)
+
+
+def candidate_ranks(width: int) -> tuple[int, ...]:
+    """The ranks at which errors are measured, ascending, ending at the full rank."""
+    return tuple(sorted({max(1, round(share * width)) for share in CANDIDATE_SHARES}))
+
+
+@torch.no_grad()
+def measure_layer(view: LayerView, fitted: FittedBases, samples: int) -> LayerProfile:
+    """Measure a layer's error at every pair of candidate ranks, on ``samples`` evenly chosen calibration blocks."""
+    ranks_key, ranks_value = candidate_ranks(fitted.key.width), candidate_ranks(fitted.value.width)
+    shape = (len(ranks_key), len(ranks_value))
+    error, cosine = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
+    device = view.walk.device
+    key, value = fitted.key.to(device), fitted.value.to(device)
+    samples = min(samples, view.blocks)
+    blocks = [i * view.blocks // samples for i in range(samples)]
+    for i, rank_key in enumerate(ranks_key):
+        for j, rank_value in enumerate(ranks_value):
+            if rank_key == key.rank and rank_value == value.rank and key.orthonormal and value.orthonormal:
+                continue  # two orthogonal matrices: the layer is unchanged, and its error zero by construction
+            bases = Bases(key.truncate(rank_key), value.truncate(rank_value))
+            found = view.compare(bases, blocks)
+            error[i, j], cosine[i, j] = found.error, found.cosine
+    return LayerProfile(
+        index=view.index,
+        key=fitted.key,
+        value=fitted.value,
+        ranks_key=ranks_key,
+        ranks_value=ranks_value,
+        error=error,
+        cosine=cosine,
+        spectrum_key=fitted.spectrum_key,
+        spectrum_value=fitted.spectrum_value,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or :class:`InvalidCheckpoint` naming the file."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InvalidCheckpoint(f"{path.name} is missing from {path.parent}") from None
+    except (OSError, ValueError) as error:
+        raise InvalidCheckpoint(f"{path.name} is not readable JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise InvalidCheckpoint(f"{path.name} does not hold a JSON object")
+    return data
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a file, checked for finiteness, or :class:`InvalidCheckpoint` naming the file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except FileNotFoundError:
+        raise InvalidCheckpoint(f"{path.name} is missing from {path.parent}") from None
+    except Exception as error:  # safetensors raises its own SafetensorError, and OSError for short files
+        raise InvalidCheckpoint(f"{path.name} is truncated or damaged ({error})") from error
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InvalidCheckpoint(f"{path.name}: tensor {name} holds values that are not finite")
+    return tensors, metadata

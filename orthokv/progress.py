@@ -1,0 +1,85 @@
+"""Progress of a long run: a bar in a terminal, plain lines elsewhere, a callback for programs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+@dataclass(frozen=True)
+class Step:
+    """``done`` of ``total`` ``unit`` in ``phase``, for example 3 of 32 layers in ``fitting``."""
+
+    phase: str
+    done: int
+    total: int
+    unit: str
+
+
+class Reporter(Protocol):
+    """Called as work goes on; must not raise."""
+
+    def __call__(self, step: Step) -> None: ...
+
+
+def silent(step: Step) -> None:
+    """Report nothing."""
+
+
+class PlainReporter:
+    """One line per phase and per tenth of its work, for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self._last: tuple[str, int] | None = None
+
+    def __call__(self, step: Step) -> None:
+        tenth = 10 * step.done // max(step.total, 1)
+        if (step.phase, tenth) == self._last:
+            return
+        self._last = (step.phase, tenth)
+        self.stream.write(f"{step.phase}: {step.done}/{step.total} {step.unit}\n")
+        self.stream.flush()
+
+
+class BarReporter:
+    """A live bar for each phase, on standard error."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description:<12}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> BarReporter:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, step: Step) -> None:
+        task = self._tasks.get(step.phase)
+        if task is None:
+            task = self._tasks[step.phase] = self._progress.add_task(
+                step.phase, total=step.total, unit=step.unit
+            )
+        self._progress.update(task, completed=step.done, total=step.total)
+
+
+def counter(report: Reporter, phase: str, unit: str) -> Callable[[int, int], None]:
+    """A ``(done, total)`` callback that reports under one phase."""
+    return lambda done, total: report(Step(phase, done, total, unit))

@@ -1,0 +1,437 @@
+"""What people read: the model card of a checkpoint, and tables of a profile, a plan and a comparison.
+
+Everything is returned, nothing is printed. Figures are in :mod:`orthokv.plots`, re-exported here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from orthokv.allocate import Plan, interpolate
+from orthokv.plots import KEY_MODES_IN_WORDS, number, percent, plot_comparison, plot_plan, plot_profile
+from orthokv.profile import ErrorProfile, LayerProfile
+
+__all__ = [
+    "ComparisonRow",
+    "comparison_markdown",
+    "comparison_table",
+    "model_card",
+    "plan_table",
+    "plot_comparison",
+    "plot_plan",
+    "plot_profile",
+    "profile_table",
+]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_FILE_SUFFIX = re.compile(r"\.(jsonl?|ndjson|txt|md|parquet|gz|zst|csv)$", re.IGNORECASE)
+
+_SHARING = {
+    "head": "a basis for every KV head",
+    "tied": "one key basis used by all KV heads of a layer, a value basis for every KV head",
+    "joint": "one basis over the concatenated KV heads of a layer",
+}
+_FILES = {
+    "orthokv.json": "ranks, geometry, origin and measurements",
+    "orthokv.safetensors": "bases at the chosen ranks",
+    "profile.json": "error of every layer by rank",
+    "profile.safetensors": "bases at full rank, from which other budgets are served without a new fit",
+    "SHA256SUMS": "digests that loading verifies",
+}
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One method at one budget, measured.
+
+    Attributes:
+        kept_asked, kept: share of the 16-bit cache's bytes: the budget, and what a live cache holds.
+        cache_bytes_per_token: bytes of the live cache, whole model.
+        perplexity, perplexity_dense: compressed and uncompressed model on the same blocks.
+        kl: mean KL divergence from the uncompressed predictions, nats per token.
+        layer_error: relative error of a decoder layer's output.
+        seconds: wall time of the fit.
+    """
+
+    method: str
+    sharing: str
+    key_mode: str
+    kept_asked: float
+    kept: float
+    cache_bytes_per_token: int
+    perplexity: float
+    perplexity_dense: float
+    kl: float
+    layer_error: float
+    seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """Perplexity over that of the uncompressed model."""
+        return self.perplexity / self.perplexity_dense
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# ---------------------------------------------------------------------------------------------- model card
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """The README of a checkpoint from its ``orthokv.json``: Markdown with the hub's YAML front matter.
+
+    Every figure comes from ``config``; what was not measured is said to be so. Folders of the machine that made the
+    checkpoint are not published: a local base model or data set appears by its last name only.
+    """
+    name = _display_name(config["base_model"]["id"], hub=_hub_id(config) is not None)
+    cache = config["cache"]
+    sections = [
+        _front_matter(config),
+        f"# KV cache of {_code(name)} at {percent(cache['kept'])}",
+        f"Low-rank bases that keep the KV cache of {_code(name)} in {percent(cache['kept'])} of its 16-bit bytes; "
+        "made with OrthoKV. The model's weights are unchanged.",
+        "## Quality",
+        *_quality(config),
+        "## Cache",
+        f"Counted on a live cache with 16-bit latents: **{_bytes(cache['bytes_per_token'])} bytes per token**, "
+        f"uncompressed {_bytes(cache['bytes_per_token_dense'])}; {percent(cache['kept'])} kept.",
+        "## Load",
+        *_load(config),
+        "## Ranks",
+        *_rank_table(config),
+        "## How it was made",
+        _origin(config),
+        "## Limits",
+        _limits(config),
+        "## Files",
+        _files(config),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _hub_id(config: dict[str, Any]) -> str | None:
+    """The base model's hub id, or None for a folder. Only a hub model has a revision: a relative folder can look alike."""
+    base = config["base_model"]
+    if base.get("revision") is None or not _HUB_ID.fullmatch(str(base["id"])):
+        return None
+    return str(base["id"])
+
+
+def _display_name(source: str, *, hub: bool) -> str:
+    """A hub id as it is; of a path the last part."""
+    return source if hub else re.split(r"[\\/]", source.rstrip("\\/"))[-1] or "local"
+
+
+def _data_name(source: str) -> str:
+    return _display_name(source, hub=bool(_HUB_ID.fullmatch(source)) and not _FILE_SUFFIX.search(source))
+
+
+def _code(text: object) -> str:
+    """Text from outside as inert inline code: no markup, no line break, no cell border."""
+    return "`" + re.sub(r"[`|\s]+", " ", str(text)).strip() + "`"
+
+
+def _bytes(count: float) -> str:
+    return f"{count:.1f}".removesuffix(".0")
+
+
+def _front_matter(config: dict[str, Any]) -> str:
+    lines = ["---", "library_name: transformers"]
+    if (base := _hub_id(config)) is not None:
+        lines.append(f"base_model: {base if '/' in base else json.dumps(base)}")
+    return "\n".join([*lines, "tags: [kv-cache, orthokv, low-rank]", "---"])
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """A table whose first ``left`` columns are text and the others numbers."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def _quality(config: dict[str, Any]) -> list[str]:
+    measured = config.get("measured")
+    if not measured:
+        return ["Quality was not measured for this plan."]
+    rows: list[tuple[str, str, str]] = []
+
+    def pair(label: str, key: str, written: Callable[[float], str] = number) -> None:
+        if key in measured:
+            dense = measured.get(f"{key}_dense")
+            rows.append((label, written(measured[key]), "" if dense is None else written(dense)))
+
+    pair("perplexity", "perplexity")
+    if "perplexity" in measured and measured.get("perplexity_dense"):
+        ratio = measured["perplexity"] / measured["perplexity_dense"]
+        rows.append(("perplexity over uncompressed", number(ratio), ""))
+    pair("KL divergence of predictions, nats per token", "kl")
+    for label, key, worst in (
+        ("largest relative error of a layer's output", "layer_error", max),
+        ("smallest cosine of a layer's output", "layer_cosine", min),
+    ):
+        if values := measured.get(key):
+            found = worst(values)
+            rows.append((f"{label} (layer {values.index(found)})", number(found), ""))
+    pair("cache bytes per token", "cache_bytes_per_token", _bytes)
+    pair("cache kept", "kept", percent)
+    pair("decoding, tokens per second", "tokens_per_second")
+    return [_markdown(("", "compressed", "uncompressed"), rows), *_measured_on(config, measured)]
+
+
+def _measured_on(config: dict[str, Any], measured: dict[str, Any]) -> list[str]:
+    parts: list[str] = []
+    if "tokens" in measured:
+        parts.append(f"{measured['tokens']} predicted tokens")
+    if source := measured.get("dataset"):
+        source = source["source"] if isinstance(source, dict) else str(source)
+        same = ", the source of the calibration text" if source == config["dataset"].get("source") else ""
+        parts.append(f"text of {_code(_data_name(source))}{same}")
+    parts += [_code(measured[key]) for key in ("dtype", "device") if key in measured]
+    return [f"Measured on {'; '.join(parts)}."] if parts else []
+
+
+def _load(config: dict[str, Any]) -> list[str]:
+    if config["form"] == "full":
+        code = [
+            "import orthokv",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+        ]
+        return [
+            "The base model's files are included; importing `orthokv` is what teaches `transformers` the format.",
+            "\n".join(["```python", *code, "```"]),
+        ]
+    base = _hub_id(config)
+    where = json.dumps(base) if base else '"path/to/the/base/model"'
+    revision = f", revision={json.dumps(str(config['base_model']['revision']))}" if base else ""
+    code = [
+        "import orthokv",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({where}{revision})",
+        'orthokv.attach(model, "path/to/this/folder")',
+    ]
+    return ["\n".join(["```python", *code, "```"]), "`orthokv.detach(model)` takes it off again."]
+
+
+def _rank_table(config: dict[str, Any]) -> list[str]:
+    geometry, ranks = config["geometry"], config["ranks"]
+    heads, head_dim = geometry["kv_heads"], geometry["head_dim"]
+    width = heads * head_dim
+    expected = (config.get("plan") or {}).get("expected_error") or []
+    measured = (config.get("measured") or {}).get("layer_error") or []
+    head = ["layer"]
+    for side in ("keys", "values"):
+        head += [f"{side}: per head", "layer total", "of width"]
+    columns = [("error, expected", expected), ("error, measured", measured)]
+    columns = [(label, values) for label, values in columns if len(values) == len(ranks)]
+    rows: list[list[str]] = []
+    for i, entry in enumerate(ranks):
+        row = [str(i)]
+        for side in ("key", "value"):
+            total = entry[side]["total"]
+            row += [f"{entry[side]['per_head']:g}", str(total), percent(total / width)]
+        rows.append(row + [number(values[i], 3) for _, values in columns])
+    return [
+        f"Numbers cached per token. Uncompressed, a layer caches {width} for its keys and {width} for its values "
+        f"({heads} KV heads x {head_dim}).",
+        _markdown([*head, *(label for label, _ in columns)], rows, left=0),
+    ]
+
+
+def _origin(config: dict[str, Any]) -> str:
+    base, data, plan = config["base_model"], config["dataset"], config.get("plan") or {}
+    name = _display_name(base["id"], hub=_hub_id(config) is not None)
+    rows = [
+        ("base model", _code(name) + (f", revision {_code(base['revision'])}" if _hub_id(config) else ""))
+    ]
+    if base.get("digest"):
+        rows.append(("base model sha256", _code(base["digest"])))
+    settings = ", ".join(f"{key} {value}" for key, value in config["method"].items() if key != "name")
+    rows.append(("method", _code(config["method"]["name"]) + (f" ({_code(settings)})" if settings else "")))
+    rows.append(("sharing", f"`{config['sharing']}`: {_SHARING[config['sharing']]}"))
+    rotary = config["geometry"].get("rope") is not None
+    meaning = (
+        KEY_MODES_IN_WORDS[config["key_mode"]].replace("keys", "keys cached")
+        if rotary
+        else "the model has no RoPE"
+    )
+    rows.append(("key mode", f"`{config['key_mode']}`: {meaning}"))
+    rows.append(("codec", _code(config["codec"]["name"])))
+    if plan:
+        budget = f"{plan['budget']['metric']} <= {plan['budget']['value']:g}"
+        rows.append(("ranks", f"allocation {_code(plan['allocation'])} for {_code(budget)}"))
+    if plan.get("expected_kl") is not None:
+        expected = f"{number(plan['expected_kl'], 3)} nats per token (from the profile, not measured)"
+        rows.append(("expected KL divergence", expected))
+    text = _code(_data_name(data.get("source", "unknown")))
+    if "num_samples" in data:
+        text += f", {data['num_samples']} samples x {data['sequence_length']} tokens"
+    if data.get("held_out"):
+        text += f", {data['held_out']} of them held out of the fit"
+    rows.append(("calibration text", text))
+    if data.get("digest"):
+        rows.append(("token ids sha256", _code(data["digest"])))
+    rows.append(("calibrated positions", f"0 to {config['calibrated_positions'] - 1}"))
+    rows.append(("seed", str(config["seed"])))
+    rows.append(("producer", f"{config['producer']['name']} {config['producer']['version']}"))
+    return _markdown(("", ""), rows, left=2)
+
+
+def _limits(config: dict[str, Any]) -> str:
+    positions, rotary = config["calibrated_positions"], config["geometry"].get("rope") is not None
+    lines = [
+        f"The bases were fitted on positions 0 to {positions - 1}. Quality beyond them is not measured.",
+        "Quality on other kinds of text than the calibration's can be worse: evaluate on your own.",
+    ]
+    if config["key_mode"] == "post" and rotary:
+        lines.append(
+            "Key mode `post`: keys are compressed after rotation, so the bases depend on absolute positions and may "
+            "serve later ones badly."
+        )
+    elif config["key_mode"] == "pre":
+        rotated = " and rotated" if rotary else ""
+        lines.append(
+            f"Key mode `pre`: all cached keys are rebuilt{rotated} at every decoding step. It saves memory first; "
+            "decoding is not expected to be faster."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _files(config: dict[str, Any]) -> str:
+    full = "the base model's own files, with `quantization_config` added to `config.json`; "
+    listed = "; ".join(f"`{name}`: {what}" for name, what in _FILES.items())
+    return f"Format version {config['format_version']}. {full if config['form'] == 'full' else ''}{listed}."
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+
+def error_at(layer: LayerProfile, share: float) -> float | None:
+    """A layer's error with the same share of the width for keys and values; None below the smallest profiled rank."""
+    grid_key, grid_value, squared = interpolate(layer)
+    rank_key, rank_value = share * layer.key.width, share * layer.value.width
+    if rank_key < grid_key[0] or rank_value < grid_value[0]:
+        return None
+    along = [float(np.interp(rank_value, grid_value, row)) for row in squared]
+    return math.sqrt(float(np.interp(rank_key, grid_key, along)))
+
+
+def _table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        header_style="",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in text:
+        table.add_column(Text(name), no_wrap=True)
+    for name in numbers:
+        table.add_column(Text(name), justify="right")
+    return table
+
+
+def _rank(total: int, per_head: float, width: int) -> list[str]:
+    return [f"{per_head:g}", str(total), percent(total / width)]
+
+
+def profile_table(profile: ErrorProfile) -> Table:
+    """One line a layer: widths, the error where half and a quarter of the cache are kept, and sensitivity."""
+    method = profile.method.get("name", "?")
+    title = (
+        f"{method}:{profile.sharing}, {KEY_MODES_IN_WORDS[profile.key_mode]}; error of each layer's output"
+    )
+    head = ("key width", "value width", "error, 50 % kept", "error, 25 % kept", "sensitivity")
+    table = _table(title, (), ("layer", *head))
+    for layer in profile.layers:
+        errors = [error_at(layer, share) for share in (0.5, 0.25)]
+        table.add_row(
+            str(layer.index),
+            *(f"{b.groups} x {b.width}" if b.groups > 1 else str(b.width) for b in (layer.key, layer.value)),
+            *("-" if error is None else number(error, 3) for error in errors),
+            "-" if layer.sensitivity is None else number(layer.sensitivity, 3),
+        )
+    return table
+
+
+def plan_table(plan: Plan, profile: ErrorProfile) -> Table:
+    """One line a layer: ranks per head-equivalent, as layer totals and as shares, and the expected error."""
+    heads, width = profile.geometry.kv_heads, profile.geometry.kv_width
+    kl = "" if plan.expected_kl is None else f", expected KL {number(plan.expected_kl, 3)} nats per token"
+    title = (
+        f"{plan.bytes_per_token} of {plan.dense_bytes_per_token} bytes per token, "
+        f"{percent(plan.kept)} kept{kl} ({plan.allocation} for {plan.budget})"
+    )
+    head = [f"{side}{what}" for side in ("keys", "values") for what in ("/head", "/layer", ", share")]
+    table = _table(title, (), ("layer", *head, "expected error"))
+    sums = [0, 0]
+    for layer, ranks, error in zip(profile.layers, plan.ranks, plan.expected_error, strict=True):
+        totals = [basis.groups * rank for basis, rank in zip((layer.key, layer.value), ranks, strict=True)]
+        sums = [a + b for a, b in zip(sums, totals, strict=True)]
+        cells = [cell for total in totals for cell in _rank(total, total / heads, width)]
+        table.add_row(str(layer.index), *cells, number(error, 3))
+    count = len(profile.layers)
+    means = [
+        cell
+        for total in sums
+        for cell in (f"{total / heads / count:.3g}", "", percent(total / width / count))
+    ]
+    table.add_section()
+    table.add_row("mean", *means, "", style="bold")
+    return table
+
+
+_COMPARISON = (
+    "kept, asked",
+    "kept",
+    "bytes per token",
+    "perplexity",
+    "x dense",
+    "KL, nats",
+    "layer error",
+    "seconds",
+)
+
+
+def _comparison_cells(row: ComparisonRow) -> list[str]:
+    return [
+        *(percent(row.kept_asked), percent(row.kept), str(row.cache_bytes_per_token)),
+        *(number(row.perplexity), number(row.ratio), number(row.kl, 3), number(row.layer_error, 3)),
+        f"{row.seconds:.1f}",
+    ]
+
+
+def comparison_table(rows: list[ComparisonRow], dense_perplexity: float) -> Table:
+    """The uncompressed model, then one line a row; at each budget the lowest perplexity is bold."""
+    title = "Perplexity at measured cache sizes, same text and blocks"
+    table = _table(title, ("method", "sharing", "keys"), _COMPARISON)
+    table.add_row("dense", "", "", "", percent(1.0), "", number(dense_perplexity), "1", "", "", "")
+    for row in rows:
+        best = row.perplexity <= min(other.perplexity for other in rows if other.kept_asked == row.kept_asked)
+        names = [Text(name) for name in (row.method, row.sharing, row.key_mode)]
+        table.add_row(*names, *_comparison_cells(row), style="bold" if best else None)
+    return table
+
+
+def comparison_markdown(rows: list[ComparisonRow]) -> str:
+    """The comparison as a GitHub table, the uncompressed model first."""
+    lines: list[list[str]] = []
+    if rows:
+        lines.append(
+            ["dense", "", "", "", percent(1.0), "", number(rows[0].perplexity_dense), "1", "", "", ""]
+        )
+    for row in rows:
+        names = [re.sub(r"[|\s]+", " ", name) for name in (row.method, row.sharing, row.key_mode)]
+        lines.append([*names, *_comparison_cells(row)])
+    return _markdown(("method", "sharing", "keys", *_COMPARISON), lines, left=3) + "\n"

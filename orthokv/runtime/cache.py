@@ -1,0 +1,229 @@
+"""Cache layers that store latents and nothing else.
+
+:class:`LatentLayer` is mixed in front of a stock cache layer of ``transformers``: it encodes keys and values and hands the
+stock class tensors that are merely narrower. The empty layer of whatever cache is passed in is exchanged at its first use,
+so ``DynamicCache()``, beams, assisted decoding and static caches work unchanged.
+
+Keys cached before RoPE need their positions again. They are kept once per kind of layer and cache (int32, 4 bytes a token
+and sequence), not once per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from orthokv.errors import InvalidSetting
+
+if TYPE_CHECKING:
+    from orthokv.attention import LayerBases
+
+    _StockLayer = DynamicLayer
+else:
+    # The mixin itself has no stock base: which class is behind it depends on the cache that is adopted.
+    _StockLayer = object
+
+POSITION_BYTES = 4
+
+
+class PositionBook:
+    """Positions of all cached tokens, shared by the layers of one cache that keep the same tokens.
+
+    Only the ``owner`` (the first such layer) writes; the others read what it wrote in the same forward.
+    """
+
+    def __init__(self, owner: int) -> None:
+        self.owner = owner
+        self.stored: Tensor | None = None  # int32 [B, tokens kept by the layer]
+        self.visible: Tensor | None = None  # int32 [B, tokens attended to in this forward]
+
+    def push(self, new: Tensor, batch: int, layer: LatentLayer, visible: int) -> None:
+        """Append ``new`` ``[1 or B, T]`` after the layer stored its latents; ``visible`` is the attended length."""
+        new = new.to(torch.int32).expand(batch, -1)
+        keys = cast(Tensor, layer.keys)
+        if isinstance(layer, StaticLayer):
+            if self.stored is None:
+                self.stored = torch.zeros(batch, keys.shape[-2], dtype=torch.int32, device=new.device)
+            filled = layer.cumulative_length
+            at = torch.arange(new.shape[1], device=new.device) + (filled - new.shape[1])
+            self.stored.index_copy_(1, at, new)
+            self.visible = self.stored
+            return
+        full = new if self.stored is None else torch.cat([self.stored, new], dim=1)
+        self.visible = full[:, -visible:]
+        self.stored = full[:, full.shape[1] - keys.shape[-2] :]
+
+    def select(self, indices: Tensor) -> None:
+        if self.stored is not None:
+            self.stored = self.stored[indices.to(self.stored.device)]
+
+    def repeat(self, repeats: int) -> None:
+        if self.stored is not None:
+            self.stored = self.stored.repeat_interleave(repeats, dim=0)
+
+    def crop(self, removed: int, kept: int) -> None:
+        if self.stored is not None:
+            left = self.stored[:, : self.stored.shape[1] - removed]
+            self.stored = left[:, left.shape[1] - kept :]
+
+    def clear(self) -> None:
+        self.stored = self.visible = None
+
+
+class _BasesRef:
+    """Holds a layer's bases so that a deep copy of a cache (prefix reuse) shares them instead of copying weights."""
+
+    def __init__(self, bases: LayerBases) -> None:
+        self.bases = bases
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _BasesRef:
+        return self
+
+
+class LatentLayer(_StockLayer):
+    """Put in front of a stock cache layer class, which then never sees the full head dimension."""
+
+    _ref: _BasesRef
+    _index: int
+    book: PositionBook | None
+    pending_positions: Tensor | None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        dtype = self._ref.bases.store_dtype or key_states.dtype
+        return self.store(key_states, value_states, dtype, *args, **kwargs)
+
+    def store(
+        self, key_states: Tensor, value_states: Tensor, dtype: torch.dtype, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Encode ``[B, kv_heads, T, head_dim]`` and keep the latents in ``dtype``; returns all latents attended to."""
+        bases = self._ref.bases
+        assert bases.key is not None
+        assert bases.value is not None
+        keys, values = super().update(
+            bases.key.encode(key_states).to(dtype),
+            bases.value.encode(value_states).to(dtype),
+            *args,
+            **kwargs,
+        )
+        if self._owns_book:
+            assert self.book is not None
+            assert self.pending_positions is not None
+            self.book.push(self.pending_positions, key_states.shape[0], self, keys.shape[-2])
+        self.pending_positions = None
+        return keys, values
+
+    @property
+    def _owns_book(self) -> bool:
+        return self.book is not None and self.book.owner == self._index
+
+    def tables(self, rotary: nn.Module | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary tables ``[B, S, d]`` of every attended token, in the dtype and on the device of ``like``."""
+        assert rotary is not None
+        assert self.book is not None
+        assert self.book.visible is not None
+        return cast("tuple[Tensor, Tensor]", rotary(like, self.book.visible.to(like.device).long()))
+
+    def reset(self) -> None:
+        super().reset()
+        if self._owns_book:
+            cast(PositionBook, self.book).clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self._owns_book and self.is_initialized:
+            cast(PositionBook, self.book).crop(abs(tokens_to_remove), cast(Tensor, self.keys).shape[-2])
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
+        if self._owns_book:
+            cast(PositionBook, self.book).select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self._owns_book:
+            cast(PositionBook, self.book).repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self._owns_book:
+            cast(PositionBook, self.book).select(indices)
+
+
+class LatentDynamicLayer(LatentLayer, DynamicLayer):
+    """Grows with every token."""
+
+
+class LatentSlidingLayer(LatentLayer, DynamicSlidingWindowLayer):
+    """Keeps the last ``sliding_window - 1`` tokens."""
+
+
+class LatentStaticLayer(LatentLayer, StaticLayer):
+    """Allocated once at full length."""
+
+
+_LATENT_CLASS: dict[type, type[LatentLayer]] = {
+    DynamicLayer: LatentDynamicLayer,
+    DynamicSlidingWindowLayer: LatentSlidingLayer,
+    StaticLayer: LatentStaticLayer,
+}
+
+
+def adopt_layer(cache: Cache, index: int, bases: LayerBases, *, positions: bool) -> LatentLayer:
+    """Exchange layer ``index`` of ``cache`` for a latent one of the same kind, if it still is empty.
+
+    Raises:
+        InvalidSetting: the layer holds uncompressed tokens, belongs to another compressed model, or is of a kind that
+            latents cannot be stored in.
+    """
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) <= index:
+            cache.layers.append(cache.layer_class_to_replicate())
+    layer: Any = cache.layers[index]
+    if isinstance(layer, LatentLayer):
+        if layer._ref.bases is not bases:
+            raise InvalidSetting("this cache was filled by another compressed model")
+        return layer
+    kind = _LATENT_CLASS.get(type(layer))
+    if kind is None:
+        raise InvalidSetting(f"a cache layer of type {type(layer).__name__} cannot hold latents")
+    if layer.get_seq_length() > 0:
+        raise InvalidSetting("this cache already holds uncompressed keys and values")
+    # `generate` may have sized a static layer ahead of time, for the full head dimension.
+    layer.keys = layer.values = None
+    layer.is_initialized = False
+    latent = object.__new__(kind)
+    latent.__dict__.update(layer.__dict__)
+    latent._ref, latent._index = _BasesRef(bases), index
+    latent.pending_positions = None
+    latent.book = _book(cache, index, latent) if positions else None
+    cache.layers[index] = latent
+    return latent
+
+
+def _book(cache: Cache, index: int, layer: LatentLayer) -> PositionBook:
+    """The book that layers of this kind share: they keep the same tokens, so one copy of the positions serves all."""
+    books: dict[tuple[type, int | None], PositionBook] = cache.__dict__.setdefault("_orthokv_books", {})
+    return books.setdefault((type(layer), getattr(layer, "sliding_window", None)), PositionBook(index))
+
+
+def cached_tensors(cache: Cache) -> Iterator[Tensor]:
+    """Every tensor that a cache keeps between two steps."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                yield tensor
+    for book in cache.__dict__.get("_orthokv_books", {}).values():
+        if book.stored is not None:
+            yield book.stored
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes that a live cache holds, latents and positions alike."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in cached_tensors(cache))

@@ -1,0 +1,287 @@
+"""What must hold for every architecture, key mode and sharing: architecture section 5, one test an invariant."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+import orthokv
+from orthokv.allocate import LATENT_BYTES, Plan, position_bytes
+from orthokv.basis import KEY_MODES, SHARINGS, KeyMode, Sharing
+from orthokv.budget import Budget
+from orthokv.checkpoint import Checkpoint, write_checkpoint
+from orthokv.dataset import Blocks
+from orthokv.pipeline import FitSettings, build_profile, fit_layers
+from orthokv.profile import ErrorProfile
+from orthokv.source import ModelSource, load_model, resolve_model
+from tests.tiny import ARCHITECTURES, tiny_folder
+
+CASES = [(a, k, s) for a in ARCHITECTURES for k in KEY_MODES for s in SHARINGS]
+# Ranks differ by layer and between keys and values, as in any real plan.
+LOW_RANK = ((0.5, 0.75), (0.25, 0.5), (0.75, 0.25))
+NEW_TOKENS = 12
+
+
+@dataclass
+class Case:
+    """A tiny model with its weights on disk, and checkpoints of it at low and at full rank."""
+
+    name: str
+    model: PreTrainedModel
+    source: ModelSource
+    low: Checkpoint
+    full: Checkpoint
+
+
+def planned(profile: ErrorProfile, shares: tuple[tuple[float, float], ...]) -> Plan:
+    ranks = [
+        (max(1, round(k * layer.key.width)), max(1, round(v * layer.value.width)))
+        for layer, (k, v) in zip(profile.layers, shares, strict=True)
+    ]
+    latents = sum(
+        layer.key.groups * k + layer.value.groups * v
+        for layer, (k, v) in zip(profile.layers, ranks, strict=True)
+    )
+    size = latents * LATENT_BYTES + position_bytes(profile.geometry, profile.key_mode)
+    dense = profile.geometry.dense_bytes_per_token
+    return Plan(
+        profile.key_mode,
+        profile.sharing,
+        tuple(ranks),
+        size,
+        dense,
+        (0.0,) * len(ranks),
+        None,
+        Budget("kept", 1.0),
+        "knapsack",
+    )
+
+
+def make_case(architecture: str, key_mode: KeyMode, sharing: Sharing, folder: Path) -> Case:
+    source = resolve_model(str(tiny_folder(folder / "model", architecture)))
+    model = load_model(source)
+    blocks = Blocks.of(torch.randint(2, 99, (4, 24), generator=torch.Generator().manual_seed(3)), "random")
+    settings = FitSettings("eigen", sharing, key_mode, num_samples=4, sequence_length=24, profile_samples=1)
+    layers = list(fit_layers(model, blocks, settings))
+    profile = build_profile(model, source, blocks, layers, settings)
+    low = write_checkpoint(profile, planned(profile, LOW_RANK), folder / "low", form="full", base=source)
+    full = write_checkpoint(profile, planned(profile, ((1.0, 1.0),) * 3), folder / "full")
+    return Case(f"{architecture}-{key_mode}-{sharing}", model, source, low, full)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda c: "-".join(c))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return make_case(*cast(tuple[str, KeyMode, Sharing], request.param), tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    """Three sequences of 17 tokens, two of them padded on the left."""
+    ids = torch.randint(2, 99, (3, 17), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    mask[1, :2] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+@pytest.fixture
+def low(case: Case) -> Iterator[PreTrainedModel]:
+    """The model with low-rank latents stored in its own dtype, so that exactness can be asked for."""
+    yield orthokv.attach(case.model, case.low, codec="native")
+    orthokv.detach(case.model)
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Positions as ``generate`` numbers them: padding does not count."""
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+def run(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    generate: Any = model.generate
+    settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    return generate(ids, attention_mask=mask, **settings, **options)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    if mask is not None:
+        options |= {"attention_mask": mask, "position_ids": positions(mask)}
+    return cast(Tensor, model(ids, **options).logits)
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to float32 rounding, relative to the largest logit."""
+    return float((a - b).abs().max()) <= 2e-5 * float(b.abs().max())
+
+
+def test_cached_decode_equals_uncached(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
+    ids, mask = batch
+    made = run(low, ids, mask, output_logits=True)
+    whole = torch.cat([mask, torch.ones(3, NEW_TOKENS, dtype=mask.dtype)], dim=1)
+    uncached = logits(low, made.sequences, whole, use_cache=False)[:, 16:-1]
+    assert close(torch.stack(made.logits, dim=1), uncached)
+
+
+def test_low_rank_changes_the_model(low: PreTrainedModel, case: Case, batch: tuple[Tensor, Tensor]) -> None:
+    """Without this, every equality here could hold because compression never happened."""
+    ids, mask = batch
+    compressed = logits(low, ids, mask)[mask.bool()]
+    orthokv.detach(case.model)
+    dense = logits(case.model, ids, mask)[mask.bool()]
+    orthokv.attach(case.model, case.low, codec="native")
+    assert float((compressed - dense).abs().max()) > 1e-2 * float(dense.abs().max())
+
+
+def test_full_rank_equals_dense(case: Case, batch: tuple[Tensor, Tensor]) -> None:
+    ids, mask = batch
+    dense = run(case.model, ids, mask, output_logits=True)
+    orthokv.attach(case.model, case.full, codec="native")
+    try:
+        full = run(case.model, ids, mask, output_logits=True)
+    finally:
+        orthokv.detach(case.model)
+    assert torch.equal(full.sequences, dense.sequences)
+    assert close(torch.stack(full.logits), torch.stack(dense.logits))
+
+
+def test_left_padded_batch_equals_single_sequences(
+    low: PreTrainedModel, batch: tuple[Tensor, Tensor]
+) -> None:
+    ids, mask = batch
+    together = run(low, ids, mask, output_logits=True)
+    for row in range(3):
+        alone = ids[row : row + 1, mask[row].bool()]
+        single = run(low, alone, torch.ones_like(alone), output_logits=True)
+        assert torch.equal(single.sequences[0, -NEW_TOKENS:], together.sequences[row, -NEW_TOKENS:])
+        assert close(torch.stack(single.logits)[:, 0], torch.stack(together.logits)[:, row])
+
+
+def test_chunked_prefill_equals_one_prefill(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
+    ids = batch[0][2:]
+    once, parts = DynamicCache(config=low.config), DynamicCache(config=low.config)
+    whole = logits(low, ids, past_key_values=once, use_cache=True)
+    chunks = [
+        logits(low, part, past_key_values=parts, use_cache=True) for part in ids.split([6, 1, 10], dim=1)
+    ]
+    assert close(torch.cat(chunks, dim=1), whole)
+    assert orthokv.cache_bytes(parts) == orthokv.cache_bytes(once)
+
+
+def test_beam_search_equals_dense_at_full_rank(case: Case, batch: tuple[Tensor, Tensor]) -> None:
+    ids, mask = batch
+    dense = run(case.model, ids, mask, num_beams=3)
+    orthokv.attach(case.model, case.full, codec="native")
+    try:
+        full = run(case.model, ids, mask, num_beams=3)
+    finally:
+        orthokv.detach(case.model)
+    assert torch.equal(full.sequences, dense.sequences)
+
+
+def test_a_cache_can_be_copied_and_reused(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
+    """Prefix caching: fill once, deep-copy, continue twice."""
+    ids = batch[0][2:]
+    prefix = DynamicCache(config=low.config)
+    logits(low, ids[:, :9], past_key_values=prefix, use_cache=True)
+    expected = logits(low, ids, use_cache=False)[:, 9:]
+    for _ in range(2):
+        found = logits(low, ids[:, 9:], past_key_values=copy.deepcopy(prefix), use_cache=True)
+        assert close(found, expected)
+
+
+def test_static_cache_equals_dynamic(low: PreTrainedModel, case: Case, batch: tuple[Tensor, Tensor]) -> None:
+    if case.name.startswith("mistral"):
+        # Static sliding-window layers are refused, by name.
+        cache = StaticCache(config=low.config, max_cache_len=40)
+        with pytest.raises(orthokv.OrthoKVError, match="StaticSlidingWindowLayer"):
+            logits(low, batch[0], past_key_values=cache, use_cache=True)
+        return
+    ids, mask = batch
+    dynamic, static = run(low, ids, mask), run(low, ids, mask, cache_implementation="static")
+    assert torch.equal(static.sequences, dynamic.sequences)
+
+
+def test_live_cache_bytes_equal_declared_bytes(case: Case, batch: tuple[Tensor, Tensor]) -> None:
+    ids, mask = batch
+    for codec, number_bytes in (("16-bit", 2), ("native", 4)):
+        for checkpoint in (case.low, case.full):
+            orthokv.attach(case.model, checkpoint, codec=codec)
+            try:
+                cache = run(case.model, ids, mask).past_key_values
+            finally:
+                orthokv.detach(case.model)
+            kept = min(
+                cache.get_seq_length(), (getattr(case.model.config, "sliding_window", None) or 10**9) - 1
+            )
+            declared = checkpoint.declared_bytes(sequences=3, tokens=kept, number_bytes=number_bytes)
+            assert orthokv.cache_bytes(cache) == declared
+            if number_bytes == 2:
+                assert declared == 3 * kept * checkpoint.config["cache"]["bytes_per_token"]
+
+
+def test_detach_leaves_the_model_untouched(case: Case, batch: tuple[Tensor, Tensor]) -> None:
+    model = case.model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected, implementation = logits(model, *batch), model.config._attn_implementation
+    orthokv.attach(model, case.low)
+    attached = model.state_dict()
+    assert attached.keys() == before.keys()
+    logits(model, *batch)
+    orthokv.detach(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model.config._attn_implementation == implementation
+    assert not any("orthokv" in name for name, _ in model.named_modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(logits(model, *batch), expected)
+
+
+FRESH = """
+import json, sys, torch, orthokv
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+ids = torch.tensor(json.loads(sys.argv[1]))
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    with torch.no_grad():
+        save_file({"logits": model(ids).logits, "made": made}, folder + ".safetensors")
+"""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_fresh_process_gives_the_same_logits(
+    architecture: str, batch: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """Every key mode and sharing, saved as full checkpoints and loaded with nothing but an import."""
+    ids = batch[0][2:]
+    cases = [
+        make_case(architecture, key_mode, sharing, tmp_path / f"{key_mode}-{sharing}")
+        for key_mode in KEY_MODES
+        for sharing in SHARINGS
+    ]
+    folders = [str(case.low.folder) for case in cases]
+    subprocess.run(
+        [sys.executable, "-c", FRESH, json.dumps(ids.tolist()), *folders],
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    for case in cases:
+        orthokv.attach(case.model, case.low)
+        fresh = load_file(f"{case.low.folder}.safetensors")
+        assert torch.equal(fresh["made"], run(case.model, ids, torch.ones_like(ids)).sequences[:, : 17 + 6])
+        assert close(fresh["logits"], logits(case.model, ids))

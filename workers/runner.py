@@ -1,0 +1,266 @@
+"""The child process of a worker: one step of a job, and the only part of the service that imports torch.
+
+It reads one JSON request from standard input and writes JSON lines to standard output: ``progress``, ``file`` (ready to be
+committed), then ``result`` or ``error``. It knows nothing of databases, leases or object stores.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from orthokv.budget import Budget
+from orthokv.checkpoint import (
+    CONFIG,
+    is_storage_failure,
+    read_checkpoint,
+    record_measurements,
+    write_checkpoint,
+)
+from orthokv.dataset import Blocks, TextSource
+from orthokv.errors import BudgetUnreachable, OrthoKVError
+from orthokv.geometry import check_key_mode
+from orthokv.pipeline import (
+    FitSettings,
+    build_profile,
+    evaluate_checkpoint,
+    fit_layers,
+    load,
+    make_plan,
+    prepare_blocks,
+    read_geometry,
+)
+from orthokv.plots import plot_profile
+from orthokv.profile import ErrorProfile, LayerProfile
+from orthokv.progress import Step
+from orthokv.source import ModelSource, resolve_model
+
+MEDIA_TYPES = {
+    ".json": "application/json",
+    ".safetensors": "application/octet-stream",
+    ".png": "image/png",
+    ".md": "text/markdown",
+}
+
+
+class Wire:
+    """The protocol's writing side. One lock, because a watchdog may report while a step runs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self._lock = threading.Lock()
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self._lock:
+            self.stream.write(json.dumps(message) + "\n")
+            self.stream.flush()
+
+    def progress(self, step: Step) -> None:
+        self._send(
+            {
+                "type": "progress",
+                "phase": step.phase,
+                "done": step.done,
+                "total": step.total,
+                "unit": step.unit,
+            }
+        )
+
+    def file(
+        self, path: Path, *, name: str | None = None, layer: int | None = None, **metrics: float
+    ) -> None:
+        self._send(
+            {
+                "type": "file",
+                "name": name or path.name,
+                "path": str(path),
+                "media_type": MEDIA_TYPES.get(path.suffix, "text/plain"),
+                "layer": layer,
+                "metrics": metrics,
+            }
+        )
+
+    def result(self, data: dict[str, Any]) -> None:
+        self._send({"type": "result", "data": data})
+
+    def error(self, code: str, message: str, *, retryable: bool = False, best: float | None = None) -> None:
+        self._send(
+            {
+                "type": "error",
+                "code": code,
+                "message": message,
+                "retryable": retryable,
+                "layer": None,
+                "best": best,
+            }
+        )
+
+
+class Job:
+    """One request, with what several steps need."""
+
+    def __init__(self, request: dict[str, Any], wire: Wire) -> None:
+        self.request, self.wire = request, wire
+        self.workdir = Path(request["workdir"])
+        self.inputs = {name: Path(path) for name, path in request["inputs"].items()}
+        settings = dict(request["settings"])
+        self.device = str(settings.pop("device", "auto"))
+        self.settings = FitSettings(**settings)
+
+    def source(self) -> ModelSource:
+        model = self.request["model"]
+        return resolve_model(model["id"], revision=model["revision"])
+
+    def text(self) -> TextSource:
+        dataset = self.request["dataset"]
+        return TextSource(dataset["source"], format=dataset["format"], field=dataset["field"])
+
+    def budget(self) -> Budget:
+        return Budget(self.request["budget"]["metric"], self.request["budget"]["value"])
+
+    def blocks(self) -> Blocks:
+        return Blocks.load(self.inputs["blocks.safetensors"])
+
+    def held_out(self) -> Blocks:
+        return self.blocks().split(self.settings.holdout)[1]
+
+    def folder(self, name: str, *files: str) -> Path:
+        """Inputs of this step laid out as a folder."""
+        folder = self.workdir / name
+        for file in files or tuple(n for n in self.inputs if n != "blocks.safetensors"):
+            target = folder / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.inputs[file], target)
+        return folder
+
+
+def resolve(job: Job) -> dict[str, Any]:
+    """Is the model there, safe, supported and able to serve the key mode? Its weights are read only for the digest."""
+    source = job.source()
+    geometry = read_geometry(source)
+    check_key_mode(geometry, job.settings.key_mode)
+    model = {"id": source.id, "revision": source.revision, "digest": source.digest}
+    return {"model": model, "geometry": geometry.to_dict()}
+
+
+def calibrate(job: Job) -> dict[str, Any]:
+    source, text = job.source(), job.text()
+    model = load(source, job.device) if text.resolved_format() == "self" else None
+    blocks = prepare_blocks(source, text, job.settings, model, job.wire.progress)
+    path = job.workdir / "blocks.safetensors"
+    blocks.save(path)
+    job.wire.file(path)
+    samples, length = blocks.tokens.shape
+    dataset = {
+        "digest": blocks.digest,
+        "num_samples": samples,
+        "sequence_length": length,
+        "tokens": samples * length,
+    }
+    return {"dataset": dataset}
+
+
+def fit(job: Job) -> dict[str, Any]:
+    model, blocks = load(job.source(), job.device), job.blocks()
+    for layer in fit_layers(model, blocks, job.settings, job.request["layers"], job.wire.progress):
+        path = job.workdir / f"layer-{layer.index:03d}.safetensors"
+        layer.save(path, read_geometry(job.source()))
+        half = len(layer.ranks_key) // 2, len(layer.ranks_value) // 2
+        job.wire.file(
+            path, layer=layer.index, error=float(layer.error[half]), cosine=float(layer.cosine[half])
+        )
+    return {"layers": job.request["layers"]}
+
+
+def profile(job: Job) -> dict[str, Any]:
+    source = job.source()
+    names = sorted(name for name in job.inputs if name.startswith("layer-"))
+    layers = [LayerProfile.load(job.inputs[name]) for name in names]
+    model = load(source, job.device)
+    built = build_profile(model, source, job.blocks(), layers, job.settings, job.wire.progress)
+    built.save(job.workdir)
+    plot_profile(built, job.workdir / "profile.png")
+    for name in ("profile.json", "profile.safetensors", "profile.png"):
+        job.wire.file(job.workdir / name)
+    summary = {
+        "layers": len(built.layers),
+        "key_mode": built.key_mode,
+        "sharing": built.sharing,
+        "method": built.method,
+        "dataset": built.dataset,
+        "sensitivity": [layer.sensitivity for layer in built.layers],
+    }
+    return {"summary": summary}
+
+
+def package(job: Job) -> dict[str, Any]:
+    found = ErrorProfile.load(job.folder("profile", "profile.json", "profile.safetensors"))
+    budget, form = job.budget(), job.request["form"]
+    # Only a perplexity budget has to look at the model; only a full checkpoint needs its files.
+    checked = budget.metric == "perplexity_increase"
+    source = job.source() if checked or form == "full" else None
+    model = load(source, job.device) if checked and source is not None else None
+    plan, reached = make_plan(
+        found, budget, model=model, held_out=job.held_out() if checked else None, report=job.wire.progress
+    )
+    out = job.workdir / "checkpoint"
+    write_checkpoint(found, plan, out, form=form, base=source)
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        job.wire.file(path, name=path.relative_to(out).as_posix())
+    return {"plan": {**plan.to_dict(), "reached": reached}}
+
+
+def evaluate(job: Job) -> dict[str, Any]:
+    folder = job.folder("checkpoint")
+    model = load(job.source(), job.device)
+    checkpoint = read_checkpoint(folder)
+    measured = evaluate_checkpoint(model, checkpoint, job.held_out(), report=job.wire.progress)
+    record_measurements(folder, measured)
+    for name in (CONFIG, "README.md", "SHA256SUMS"):
+        job.wire.file(folder / name)
+    return {"measured": measured}
+
+
+STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
+    "resolve": resolve,
+    "calibrate": calibrate,
+    "fit": fit,
+    "profile": profile,
+    "package": package,
+    "evaluate": evaluate,
+}
+
+
+def run(request: dict[str, Any], wire: Wire) -> int:
+    """One step; returns the exit code."""
+    try:
+        wire.result(STEPS[request["step"]](Job(request, wire)))
+        return 0
+    except BudgetUnreachable as error:
+        wire.error(error.code, str(error), best=error.best)
+    except OrthoKVError as error:
+        wire.error(error.code, str(error))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        wire.error("out_of_memory", f"not enough memory: {error}", retryable=True)
+    except Exception as error:
+        if not is_storage_failure(error):
+            raise
+        wire.error("storage_error", f"cannot write the work folder: {error}", retryable=True)
+    return 1
+
+
+def main() -> int:
+    # Libraries may print: only the protocol may reach standard output.
+    wire, sys.stdout = Wire(sys.stdout), sys.stderr
+    return run(json.loads(sys.stdin.read()), wire)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
