@@ -219,8 +219,8 @@ def write_described(folder: Path, config: dict[str, Any]) -> None:
     """Write ``orthokv.json`` and everything that follows from it: the model card and the digests."""
     from orthokv.report import model_card
 
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    (folder / CARD).write_text(model_card(config))
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / CARD).write_text(model_card(config), encoding="utf-8")
     names = sorted(
         p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS
     )

@@ -25,7 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-out_console = Console()
+# Off a terminal (a pipe, a log) rich would cut tables at 80 columns.
+out_console = Console(width=None if sys.stdout.isatty() else 120)
 err_console = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A local folder or a hub id; safetensors only, no remote code.")]
@@ -288,6 +289,9 @@ def generate(
         str | None, typer.Option(help="The base model, where it is not the one recorded.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    uncompressed: Annotated[
+        bool, typer.Option("--uncompressed", help="Do not attach the checkpoint: what the base model writes.")
+    ] = False,
     device: Device = "auto",
     revision: Revision = None,
     as_json: Json = False,
@@ -300,7 +304,8 @@ def generate(
 
     found = read_checkpoint(checkpoint)
     source = _base_of(found, model, revision)
-    made = run(load(source, device), load_tokenizer(source), found, prompt, max_new_tokens)
+    used = None if uncompressed else found
+    made = run(load(source, device), load_tokenizer(source), used, prompt, max_new_tokens)
     if as_json:
         _print_json(made.to_dict())
         return

@@ -61,7 +61,7 @@ class FitSettings:
     num_samples: int = 64
     sequence_length: int = 1024
     seed: int = 0
-    profile_samples: int = 4
+    profile_samples: int = 2
     batch_size: int = 4
 
     def __post_init__(self) -> None:

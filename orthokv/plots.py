@@ -472,7 +472,9 @@ def plot_comparison(rows: list[ComparisonRow], path: str | Path) -> Path:
         f"Perplexity over that of the uncompressed model against measured cache bytes; "
         f"{' and '.join(KEY_MODES_IN_WORDS.get(mode, mode) for mode in modes)}"
         f"{' (open markers)' if len(modes) > 1 else ''}. Lower is better.",
-        f"{dropped} measurements without a finite perplexity are not shown." if dropped else "",
+        f"Not shown: {dropped} measurement{'s' * (dropped > 1)} without a finite perplexity."
+        if dropped
+        else "",
         right=0.4 + 0.07 * max(len(name) + 6 for name in [*names.values(), "uncompressed"]),
     )
     axes = figure.subplots()

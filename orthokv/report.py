@@ -393,9 +393,9 @@ def plan_table(plan: Plan, profile: ErrorProfile) -> Table:
 
 
 _COMPARISON = (
-    "kept, asked",
+    "asked",
     "kept",
-    "bytes per token",
+    "bytes/token",
     "perplexity",
     "x dense",
     "KL, nats",

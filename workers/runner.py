@@ -112,6 +112,8 @@ class Job:
         self.inputs = {name: Path(path) for name, path in request["inputs"].items()}
         settings = dict(request["settings"])
         self.device = str(settings.pop("device", "auto"))
+        if settings["parameterisation"] == "direct":
+            settings["parameterisation"] = None  # what every method does unless told otherwise
         self.settings = FitSettings(**settings)
 
     def source(self) -> ModelSource:

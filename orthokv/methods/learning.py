@@ -68,13 +68,14 @@ def descend(
     widths: tuple[int, int],
     steps: int,
     seed: int,
-    blocks_per_step: int = 4,
+    blocks_per_step: int = 1,
 ) -> list[float]:
     """Minimise the layer's error over ``variables`` for ``steps`` steps; returns the loss of each step.
 
     The logarithm of the squared relative error is minimised: an error at a high rank is a hundred times smaller than one at
     a low rank and would otherwise not count. ``update(i, gradient, factor)`` moves variable ``i``; ``factor`` follows a
-    cosine from 1 to 0.
+    cosine from 1 to 0. Two hundred steps of one block do as well as a hundred steps of four, at half the arithmetic (measured,
+    ``docs/method.md``).
 
     Raises:
         InvalidModel: the loss is not finite.

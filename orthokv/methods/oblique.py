@@ -31,7 +31,7 @@ class Oblique:
 
     name: ClassVar[str] = "oblique"
     learned: ClassVar[bool] = True
-    steps: int = 100
+    steps: int = 200
     step_size: float = 0.02
 
     def __post_init__(self) -> None:

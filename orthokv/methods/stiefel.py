@@ -17,7 +17,7 @@ from orthokv.methods.learning import Adam, descend
 from orthokv.methods.predictor import fit_predictor
 from orthokv.methods.weighted import whitened_layer
 
-DIRECT_STEPS, PREDICTOR_EPOCHS = 100, 50
+DIRECT_STEPS, PREDICTOR_EPOCHS = 200, 50
 Parameterisation = Literal["direct", "predictor"]
 
 
@@ -28,7 +28,7 @@ class Stiefel:
     Attributes:
         parameterisation: ``"direct"`` moves the point itself, from a closed-form start. ``"predictor"`` is the paper's: an
             MLP maps the mean and variance of the activations to a matrix whose QR factor is the basis.
-        steps: optimiser steps a layer for ``direct`` (None: 100); for ``predictor`` the largest number of epochs (None: the
+        steps: optimiser steps a layer for ``direct`` (None: 200); for ``predictor`` the largest number of epochs (None: the
             paper's 50).
         step_size: how far a column turns in a step at the start, in radians, about (``direct``).
         start: where ``direct`` starts: the singular vectors (``"eigen"``) or the orthonormalised weighted closed form.
