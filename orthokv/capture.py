@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from orthokv.attention import LayerBases, Seam
+from orthokv.attention import Bases, LayerBases, Seam
 from orthokv.errors import InvalidModel
 from orthokv.geometry import AttentionGeometry, architecture_of, decoder_layers
 
@@ -224,7 +224,10 @@ class LayerTask:
 
     def _compressed(self, bases: LayerBases, blocks: list[int]) -> Tensor:
         before = self.seam.state(self.index).bases
-        self.seam.set_bases(self.index, bases)
+        # Bases are kept in float32 and used in the model's dtype; gradients come back through the cast.
+        dtype = self.walk.inputs.dtype
+        key, value = (None if basis is None else basis.to(dtype=dtype) for basis in (bases.key, bases.value))
+        self.seam.set_bases(self.index, Bases(key, value, bases.store_dtype))
         try:
             return self.walk.forward(self.index, self.walk.inputs[blocks]).float()
         finally:

@@ -74,6 +74,7 @@ def compress(
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     parameterisation: Annotated[str | None, typer.Option(help="stiefel only: direct or predictor.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the blocks of stiefel's predictor.")] = None,
     num_samples: Samples = 64,
     sequence_length: Length = 1024,
     field: Field = "text",
@@ -100,6 +101,7 @@ def compress(
         key_mode=key_mode,  # type: ignore[arg-type]
         parameterisation=parameterisation,
         steps=steps,
+        epochs=epochs,
         num_samples=num_samples,
         sequence_length=sequence_length,
         seed=seed,
@@ -186,6 +188,7 @@ def compare(
         str, typer.Option(help="knapsack or uniform ranks, the same for all methods.")
     ] = "knapsack",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the blocks of stiefel's predictor.")] = None,
     num_samples: Samples = 64,
     sequence_length: Length = 1024,
     eval_samples: Annotated[int, typer.Option(help="Blocks to evaluate on.")] = 32,
@@ -214,6 +217,8 @@ def compare(
         num_samples=num_samples,
         sequence_length=sequence_length,
         seed=seed,
+        steps=steps,
+        epochs=epochs,
     )
     source = resolve_model(model, revision=revision)
     loaded = load(source, device)
@@ -233,7 +238,6 @@ def compare(
             shares,
             choices,
             settings,
-            steps=steps,
             allocation=allocation,
             report=report,
         )

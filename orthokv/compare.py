@@ -43,15 +43,16 @@ class MethodChoice:
             )
         return cls(parts[0], parts[1], parts[2] if len(parts) == 3 else None)
 
-    def settings(self, base: FitSettings, steps: int | None) -> FitSettings:
-        """``base`` with this method; ``steps`` goes to those that learn with it (not to a predictor's epochs)."""
-        learned = METHODS[self.method].learned if self.method in METHODS else False
+    def settings(self, base: FitSettings) -> FitSettings:
+        """``base`` with this method, which takes from it only the hyper-parameters that it has."""
+        fields = METHODS[self.method].__dataclass_fields__ if self.method in METHODS else {}
         return replace(
             base,
             method=self.method,
             sharing=cast(Sharing, self.sharing),
             parameterisation=self.parameterisation,
-            steps=steps if learned and self.parameterisation != "predictor" else None,
+            steps=base.steps if "steps" in fields else None,
+            epochs=base.epochs if "epochs" in fields else None,
         )
 
     def __str__(self) -> str:
@@ -67,7 +68,6 @@ def compare_methods(
     choices: Sequence[MethodChoice],
     settings: FitSettings,
     *,
-    steps: int | None = None,
     allocation: Allocation = "knapsack",
     profiles: Path | None = None,
     report: Reporter = silent,
@@ -78,9 +78,7 @@ def compare_methods(
         profiles: an existing folder that keeps each method's profile, for other budgets later.
     """
     budgets = [Budget("kept", share) for share in kept]
-    every = [
-        choice.settings(settings, steps) for choice in choices
-    ]  # all settings are checked before the first fit
+    every = [choice.settings(settings) for choice in choices]  # all settings are checked before the first fit
     rows: list[ComparisonRow] = []
     for n, (choice, chosen) in enumerate(zip(choices, every, strict=True)):
         name = f"{choice}:{choice.sharing}"

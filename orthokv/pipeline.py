@@ -46,7 +46,7 @@ class FitSettings:
     Attributes:
         method: a key of :data:`orthokv.methods.METHODS`.
         sharing, key_mode: see :mod:`orthokv.basis`.
-        parameterisation, steps: settings of the method; None takes the method's default.
+        parameterisation, steps, epochs: settings of the method; None takes the method's default.
         num_samples, sequence_length: calibration blocks, of which one in eight is held out.
         seed: of everything random.
         profile_samples: blocks on which the error surface is measured.
@@ -58,6 +58,7 @@ class FitSettings:
     key_mode: KeyMode = "pre"
     parameterisation: str | None = None
     steps: int | None = None
+    epochs: int | None = None
     num_samples: int = 64
     sequence_length: int = 1024
     seed: int = 0
@@ -78,7 +79,9 @@ class FitSettings:
 
     def make_method(self) -> Any:
         """The method with its hyper-parameters; :class:`InvalidSetting` where it does not have one that was given."""
-        return make_method(self.method, parameterisation=self.parameterisation, steps=self.steps)
+        return make_method(
+            self.method, parameterisation=self.parameterisation, steps=self.steps, epochs=self.epochs
+        )
 
     @property
     def holdout(self) -> int:

@@ -73,7 +73,7 @@ class ComparisonRow:
     perplexity_dense: float
     kl: float
     layer_error: float
-    seconds: float
+    seconds: float | None
 
     @property
     def ratio(self) -> float:
@@ -408,7 +408,7 @@ def _comparison_cells(row: ComparisonRow) -> list[str]:
     return [
         *(percent(row.kept_asked), percent(row.kept), str(row.cache_bytes_per_token)),
         *(number(row.perplexity), number(row.ratio), number(row.kl, 3), number(row.layer_error, 3)),
-        f"{row.seconds:.1f}",
+        "" if row.seconds is None else f"{row.seconds:.1f}",
     ]
 
 

@@ -17,7 +17,6 @@ from orthokv.methods.learning import Adam, descend
 from orthokv.methods.predictor import fit_predictor
 from orthokv.methods.weighted import whitened_layer
 
-DIRECT_STEPS, PREDICTOR_EPOCHS = 200, 50
 Parameterisation = Literal["direct", "predictor"]
 
 
@@ -28,8 +27,8 @@ class Stiefel:
     Attributes:
         parameterisation: ``"direct"`` moves the point itself, from a closed-form start. ``"predictor"`` is the paper's: an
             MLP maps the mean and variance of the activations to a matrix whose QR factor is the basis.
-        steps: optimiser steps a layer for ``direct`` (None: 200); for ``predictor`` the largest number of epochs (None: the
-            paper's 50).
+        steps: optimiser steps a layer (``direct``).
+        epochs: largest number of passes over the blocks (``predictor``; the paper's 50).
         step_size: how far a column turns in a step at the start, in radians, about (``direct``).
         start: where ``direct`` starts: the singular vectors (``"eigen"``) or the orthonormalised weighted closed form.
         retraction: a key of :data:`orthokv.basis.RETRACTIONS`.
@@ -38,14 +37,16 @@ class Stiefel:
     name: ClassVar[str] = "stiefel"
     learned: ClassVar[bool] = True
     parameterisation: Parameterisation = "direct"
-    steps: int | None = None
+    steps: int = 200
+    epochs: int = 50
     step_size: float = 0.05
     start: Literal["eigen", "weighted"] = "eigen"
     retraction: str = "cholesky"
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise InvalidSetting(f"steps must be at least 1, not {self.steps}")
+        for name in ("steps", "epochs"):
+            if getattr(self, name) < 1:
+                raise InvalidSetting(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.parameterisation not in ("direct", "predictor"):
             raise InvalidSetting(
                 f"parameterisation must be 'direct' or 'predictor', not {self.parameterisation!r}"
@@ -57,7 +58,7 @@ class Stiefel:
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
         if self.parameterisation == "predictor":
-            return fit_predictor(view, sharing, seed, epochs=self.steps or PREDICTOR_EPOCHS)
+            return fit_predictor(view, sharing, seed, epochs=self.epochs)
         geometry = view.geometry
         retract = RETRACTIONS[self.retraction]
         points = [p.float().to(view.walk.device) for p in self._start(view, sharing)]
@@ -77,7 +78,7 @@ class Stiefel:
             lambda rank_key, rank_value: Bases(basis(0, rank_key), basis(1, rank_value)),
             update,
             widths=(points[0].shape[-1], points[1].shape[-1]),
-            steps=self.steps or DIRECT_STEPS,
+            steps=self.steps,
             seed=seed,
         )
         return FittedBases(basis(0).to("cpu"), basis(1).to("cpu"), {"loss": losses})

@@ -16,7 +16,7 @@ from orthokv.checkpoint import CONFIG, SUMS, TENSORS, Checkpoint, read_checkpoin
 from orthokv.codecs import store_dtype
 from orthokv.errors import CheckpointMismatch, InvalidCheckpoint, InvalidSetting
 from orthokv.fingerprint import matches
-from orthokv.geometry import AttentionGeometry
+from orthokv.geometry import AttentionGeometry, attention_modules
 
 log = logging.getLogger("orthokv")
 
@@ -76,11 +76,15 @@ def attach(
     check_model(model, found)
     dtype = model.dtype
     store = store_dtype(codec or found.codec, dtype)
+    # Everything that can fail comes before the first change to the model.
+    attached = [
+        AttachedBases(bases, dtype, store).to(next(module.parameters()).device)
+        for module, bases in zip(attention_modules(model), found.bases, strict=True)
+    ]
     seam = Seam(model, found.key_mode)
-    for index, (module, bases) in enumerate(zip(seam.modules, found.bases, strict=True)):
-        attached = AttachedBases(bases, dtype, store).to(next(module.parameters()).device)
-        module.add_module(_SUBMODULE, attached)
-        seam.set_bases(index, attached)
+    for index, (module, layer) in enumerate(zip(seam.modules, attached, strict=True)):
+        module.add_module(_SUBMODULE, layer)
+        seam.set_bases(index, layer)
     log.info(
         "OrthoKV is active: the cache takes %d bytes a token (%.1f %% of %d at 16 bits)",
         found.config["cache"]["bytes_per_token"],

@@ -48,6 +48,9 @@ class PositionBook:
         if isinstance(layer, StaticLayer):
             if self.stored is None:
                 self.stored = torch.zeros(batch, keys.shape[-2], dtype=torch.int32, device=new.device)
+                if not torch.compiler.is_compiling():
+                    # As the stock layer does for its tensors: without it CUDA graphs are skipped.
+                    torch._dynamo.mark_static_address(self.stored)
             filled = layer.cumulative_length
             at = torch.arange(new.shape[1], device=new.device) + (filled - new.shape[1])
             self.stored.index_copy_(1, at, new)
