@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from orthokv.basis import KeyMode, Sharing
+from orthokv.basis import KeyMode, Sharing, group_width
 from orthokv.budget import Budget
 from orthokv.errors import BudgetUnreachable, InvalidSetting
 from orthokv.geometry import AttentionGeometry
-from orthokv.profile import ErrorProfile, LayerProfile
+from orthokv.profile import ErrorProfile, LayerProfile, candidate_ranks
 from orthokv.runtime.cache import POSITION_BYTES
 
 Allocation = Literal["knapsack", "uniform", "threshold"]
@@ -30,6 +30,7 @@ ALLOCATIONS: tuple[Allocation, ...] = ("knapsack", "uniform", "threshold")
 LATENT_BYTES = 2
 # Ranks are multiples of width / 32: fine enough to spend a budget, coarse enough to suit matrix units.
 RANK_STEPS = 32
+_SENSITIVITY_FLOOR = 0.01
 # Bisection over bytes for a perplexity budget stops at this share of the cache.
 _KEPT_TOLERANCE = 0.004
 # EigenAttention's rule: the energy threshold falls by this much a trial, and no rank below this share (released code).
@@ -152,7 +153,10 @@ def _pareto(options: _Options) -> _Options:
 def _weights(profile: ErrorProfile) -> list[float]:
     if any(layer.sensitivity is None for layer in profile.layers):
         return [1.0] * len(profile.layers)
-    return [float(layer.sensitivity or 0.0) for layer in profile.layers]
+    found = [max(float(layer.sensitivity or 0.0), 0.0) for layer in profile.layers]
+    # A layer whose measured effect drowns in rounding is not free to ruin: it keeps a hundredth of the mean.
+    floor = _SENSITIVITY_FLOOR * (sum(found) / len(found) or 1.0)
+    return [max(sensitivity, floor) for sensitivity in found]
 
 
 def knapsack(options: list[_Options], budget_bytes: int) -> list[int] | None:
@@ -201,12 +205,22 @@ def allocate(profile: ErrorProfile, budget: Budget, allocation: Allocation = "kn
         if budget.metric != "layer_error":
             raise InvalidSetting("allocation 'threshold' is defined for a layer_error budget only")
         return _plan(profile, budget, allocation, threshold_ranks(profile, budget.value))
+    if allocation == "uniform" and budget.metric != "kept":
+        raise InvalidSetting("allocation 'uniform' is defined for a kept budget only")
     weights = _weights(profile)
     every = [_options(layer, weight) for layer, weight in zip(profile.layers, weights, strict=True)]
     if budget.metric == "layer_error":
-        return _plan(
-            profile, budget, allocation, [_smallest(o, budget.value, i) for i, o in enumerate(every)]
-        )
+        ranks = [_smallest(o, budget.value, i) for i, o in enumerate(every)]
+        plan = _plan(profile, budget, allocation, ranks)
+        if plan.kept > 1:
+            best = max(allocate(profile, Budget("kept", 1.0)).expected_error)
+            raise BudgetUnreachable(
+                f"layer_error {budget.value:g} would need more bytes than the uncompressed cache has; "
+                f"within them it reaches {best:.3g}",
+                asked=budget.value,
+                best=best,
+            )
+        return plan
     fixed = position_bytes(profile.geometry, profile.key_mode)
     dense = profile.geometry.dense_bytes_per_token
     budget_bytes = int(budget.value * dense + 1e-9) - fixed
@@ -215,12 +229,7 @@ def allocate(profile: ErrorProfile, budget: Budget, allocation: Allocation = "kn
     pruned = [_pareto(o) for o in every]
     picks = knapsack(pruned, budget_bytes)
     if picks is None:
-        best = (sum(int(o.bytes.min()) for o in every) + fixed) / dense
-        raise BudgetUnreachable(
-            f"kept {budget.value:g} cannot be met: the smallest profiled ranks keep {best:.4f} of the cache",
-            asked=budget.value,
-            best=best,
-        )
+        raise _below_smallest(budget, (sum(int(o.bytes.min()) for o in every) + fixed) / dense)
     ranks = [(int(o.ranks[i, 0]), int(o.ranks[i, 1])) for o, i in zip(pruned, picks, strict=True)]
     return _plan(profile, budget, allocation, ranks)
 
@@ -240,21 +249,50 @@ def _smallest(options: _Options, bound: float, layer: int) -> tuple[int, int]:
 
 
 def _uniform(profile: ErrorProfile, budget: Budget, budget_bytes: int) -> list[tuple[int, int]]:
-    """The largest common share of the width that fits."""
-    layer = profile.layers[0]
-    found: list[tuple[int, int]] | None = None
-    for share in range(1, RANK_STEPS * 4 + 1):
-        pair = tuple(max(1, share * b.width // (RANK_STEPS * 4)) for b in (layer.key, layer.value))
-        cost = (
-            LATENT_BYTES * (layer.key.groups * pair[0] + layer.value.groups * pair[1]) * len(profile.layers)
-        )
-        if cost <= budget_bytes:
-            found = [(pair[0], pair[1])] * len(profile.layers)
-    if found is None:
-        raise BudgetUnreachable(
-            f"kept {budget.value:g} leaves less than one latent a group", asked=budget.value, best=1.0
-        )
-    return found
+    """The largest common share of the widths that fits, not below the ranks that were measured."""
+    layer, count = profile.layers[0], len(profile.layers)
+    steps = RANK_STEPS * 4
+
+    def ranks(share: int) -> tuple[int, int]:
+        pair = [max(1, share * basis.width // steps) for basis in (layer.key, layer.value)]
+        return max(pair[0], layer.ranks_key[0]), max(pair[1], layer.ranks_value[0])
+
+    def cost(pair: tuple[int, int]) -> int:
+        return LATENT_BYTES * (layer.key.groups * pair[0] + layer.value.groups * pair[1]) * count
+
+    fitting = [pair for pair in map(ranks, range(1, steps + 1)) if cost(pair) <= budget_bytes]
+    if not fitting:
+        fixed = position_bytes(profile.geometry, profile.key_mode)
+        best = (cost(ranks(1)) + fixed) / profile.geometry.dense_bytes_per_token
+        raise _below_smallest(budget, best)
+    return [fitting[-1]] * count
+
+
+def _below_smallest(budget: Budget, best: float) -> BudgetUnreachable:
+    return BudgetUnreachable(
+        f"kept {budget.value:g} cannot be met: the smallest profiled ranks keep {best:.4f} of the cache",
+        asked=budget.value,
+        best=best,
+    )
+
+
+def check_reachable(geometry: AttentionGeometry, sharing: Sharing, key_mode: KeyMode, budget: Budget) -> None:
+    """Refuse, before anything is fitted, a ``kept`` budget that no profile of this geometry can meet.
+
+    Raises:
+        BudgetUnreachable: with the smallest share that can be kept.
+    """
+    if budget.metric != "kept":
+        return
+    latents = 0
+    for keys in (True, False):
+        _, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=keys)
+        latents += geometry.kv_width // width * candidate_ranks(width)[0]
+    best = (
+        LATENT_BYTES * latents * geometry.layers + position_bytes(geometry, key_mode)
+    ) / geometry.dense_bytes_per_token
+    if budget.value < best:
+        raise _below_smallest(budget, best)
 
 
 def threshold_ranks(profile: ErrorProfile, error_budget: float) -> list[tuple[int, int]]:
@@ -282,8 +320,9 @@ def threshold_ranks(profile: ErrorProfile, error_budget: float) -> list[tuple[in
         while threshold > THRESHOLD_STEP:
             threshold -= THRESHOLD_STEP
             pair = tuple(max(1, int((share < threshold).sum(-1).max())) for share in shares)
-            i = int(np.searchsorted(grid_key, pair[0]).clip(0, len(grid_key) - 1))
-            j = int(np.searchsorted(grid_value, pair[1]).clip(0, len(grid_value) - 1))
+            # The error at the next smaller rank of the grid is not below the true one.
+            i = int((np.searchsorted(grid_key, pair[0], side="right") - 1).clip(0))
+            j = int((np.searchsorted(grid_value, pair[1], side="right") - 1).clip(0))
             small = any(r <= SMALLEST_EIGEN_SHARE * f for r, f in zip(pair, full, strict=True))
             if squared[i, j] ** 0.5 >= error_budget or small:
                 break
@@ -333,7 +372,7 @@ def allocate_for_perplexity(
     low, high = (smallest + fixed) / profile.geometry.dense_bytes_per_token, 1.0
     best = allocate(profile, Budget("kept", high))
     reached = increase(best)
-    if reached > budget.value:
+    if not reached <= budget.value:  # also where it is not a number
         raise BudgetUnreachable(
             f"perplexity_increase {budget.value:g} cannot be met: the best plan, at kept {best.kept:.3f}, "
             f"reaches {reached:.4g}",

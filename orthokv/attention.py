@@ -168,12 +168,18 @@ def _before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     state = cast(SeamState, module._orthokv)
+    implementation = cast(Any, module.config)._attn_implementation
+    if not implementation.startswith(PREFIX):
+        raise InvalidSetting(
+            f"the attention implementation was changed to {implementation!r} while bases are attached; detach first"
+        )
     cache = kwargs.get("past_key_values")
     layer: LatentLayer | None = None
     if cache is not None and state.bases is not None:
         layer = adopt_layer(
             cache, cast(int, module.layer_idx), state.bases, positions=state.rotary is not None
         )
+        layer.expected = True
     tables: Tables | None = None
     if state.rotary is not None:
         tables = kwargs["position_embeddings"]

@@ -114,6 +114,12 @@ class Basis:
             encoder, encoder if self.orthonormal else self.decoder[..., :rank], self.kv_heads, self.head_dim
         )
 
+    def contiguous(self) -> Basis:
+        """The same basis in plain memory order: what a file gives back, so that results do not depend on where it came from."""
+        encoder = self.encoder.contiguous()
+        decoder = encoder if self.orthonormal else self.decoder.contiguous()
+        return Basis(encoder, decoder, self.kv_heads, self.head_dim)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Basis:
         encoder = self.encoder.to(device=device, dtype=dtype)
         decoder = encoder if self.orthonormal else self.decoder.to(device=device, dtype=dtype)
@@ -165,8 +171,8 @@ def cholesky_qr(a: Tensor) -> Tensor:
 def qr(a: Tensor) -> Tensor:
     """Q of the QR decomposition with a positive diagonal of R, which makes it a continuous function of ``a``."""
     q, r = torch.linalg.qr(a)
-    signs: Tensor = torch.diagonal(r, dim1=-2, dim2=-1).sign()
-    return cast(Tensor, q * signs.unsqueeze(-2))
+    diagonal: Tensor = torch.diagonal(r, dim1=-2, dim2=-1)
+    return cast(Tensor, q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2))
 
 
 def polar(a: Tensor, iterations: int = 12) -> Tensor:

@@ -1,7 +1,7 @@
 """One streaming pass over the calibration blocks, layer by layer, with bounded memory.
 
-At any time the inputs and the outputs of a single decoder layer are held. Every layer sees *uncompressed* inputs (so layers
-are independent and can be fitted on different machines), unless ``propagate`` feeds it what the compressed prefix produced.
+At any time the inputs and the outputs of a single decoder layer are held. Every layer sees *uncompressed* inputs, so layers
+are independent and can be fitted on different machines.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class LayerWalk:
 def run_and_measure(walk: LayerWalk, seam: Seam, layer: int) -> LayerMoments:
     """Run one layer uncompressed and collect its moments on the way."""
     geometry = seam.geometry
-    collector = _Collector(geometry, seam.state(layer).rotary, walk)
+    collector = _Collector(geometry)
     seam.observe(layer, collector)
     try:
         walk.run(layer)
@@ -148,8 +148,7 @@ def run_and_measure(walk: LayerWalk, seam: Seam, layer: int) -> LayerMoments:
 class _Collector:
     """Sums outer products in float64, batch by batch."""
 
-    def __init__(self, geometry: AttentionGeometry, rotary: nn.Module | None, walk: LayerWalk) -> None:
-        self.geometry, self.rotary, self.walk = geometry, rotary, walk
+    def __init__(self, geometry: AttentionGeometry) -> None:
         width, heads, head_dim = geometry.kv_width, geometry.kv_heads, geometry.head_dim
         self.tokens = 0
         self.sums = {name: torch.zeros(width, width, dtype=torch.float64) for name in ("key", "value")}

@@ -8,13 +8,12 @@ adds the base model's own files, unchanged but for ``config.json``, whose ``quan
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,20 +21,28 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orthokv.allocate import Plan, position_bytes
+from orthokv.allocate import LATENT_BYTES, Plan, position_bytes
 from orthokv.attention import Bases
 from orthokv.basis import KEY_MODES, SHARINGS, Basis, KeyMode, Sharing, group_width, orthonormality_error
 from orthokv.codecs import CODECS, DEFAULT_CODEC
-from orthokv.errors import InvalidCheckpoint, InvalidSetting, StorageError
+from orthokv.digests import SUMS, sums_of, verify_files
+from orthokv.errors import CheckpointMismatch, InvalidCheckpoint, InvalidSetting, StorageError
+from orthokv.fingerprint import DTYPES
 from orthokv.geometry import AttentionGeometry
 from orthokv.profile import ErrorProfile, read_json, read_safetensors
 from orthokv.source import ModelSource
 
 FORMAT_VERSION = 1
-CONFIG, TENSORS, CARD, SUMS = "orthokv.json", "orthokv.safetensors", "README.md", "SHA256SUMS"
+CONFIG, TENSORS, CARD = "orthokv.json", "orthokv.safetensors", "README.md"
 QUANT_METHOD = "orthokv"
 FORMS = ("adapter", "full")
 Form = Literal["adapter", "full"]
+_REQUIRED: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "base_model": {"id": str, "digest": str, "fingerprints": dict},
+    "cache": {"bytes_per_token": int, "bytes_per_token_dense": int, "kept": (int, float)},
+    "dataset": {"source": str, "digest": str, "num_samples": int, "sequence_length": int},
+    "method": {"name": str},
+}
 # float32 bases of a few thousand columns are orthonormal to about 1e-6; a flipped byte is not.
 ORTHONORMALITY_TOLERANCE = 1e-4
 
@@ -80,10 +87,13 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidSetting(f"{out} exists and is not an empty folder")
+    out = out.resolve()
+    missing = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
+        _remove_empty(missing)
         raise StorageError(f"cannot write {out}: {error.strerror}") from error
     try:
         yield partial
@@ -93,9 +103,17 @@ def new_folder(out: Path) -> Iterator[Path]:
         os.replace(partial, out)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _remove_empty(missing)
         if is_storage_failure(error):
             raise StorageError(f"cannot write {out}: {error}; nothing was left behind") from error
         raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders made on the way, innermost first, as far as they are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def is_storage_failure(error: BaseException) -> bool:
@@ -119,10 +137,11 @@ def write_checkpoint(
     """Write a checkpoint into a new folder and return it as read back.
 
     Args:
-        base: the base model's files; needed for ``form="full"``.
+        base: the base model's files; needed for ``form="full"``. Where given, it must be the profile's.
 
     Raises:
         InvalidSetting: unknown form or codec, ``out`` is taken, or the base model is missing for a full checkpoint.
+        CheckpointMismatch: ``base`` is not the model that the profile was made from.
         StorageError: the disk is full or read-only; nothing is left behind.
     """
     if form not in FORMS:
@@ -131,6 +150,10 @@ def write_checkpoint(
         raise InvalidSetting(f"codec must be one of {', '.join(CODECS)}, not {codec!r}")
     if form == "full" and base is None:
         raise InvalidSetting("a full checkpoint needs the base model's files")
+    if base is not None and base.digest != profile.model["digest"]:
+        raise CheckpointMismatch(
+            f"the profile was made from another model than {base.id} (their digests differ)"
+        )
     bases = [layer.bases(*ranks) for layer, ranks in zip(profile.layers, plan.ranks, strict=True)]
     with new_folder(out) as folder:
         if form == "full":
@@ -177,6 +200,7 @@ def _config(
             "bytes_per_token": measured_bytes,
             "bytes_per_token_dense": geometry.dense_bytes_per_token,
             "kept": measured_bytes / geometry.dense_bytes_per_token,
+            "number_bytes": LATENT_BYTES,
         },
         "calibrated_positions": profile.dataset["sequence_length"],
         "dataset": profile.dataset,
@@ -197,12 +221,14 @@ def _ranks(layer: Bases, geometry: AttentionGeometry) -> dict[str, Any]:
 
 
 def _copy_base(base: ModelSource, folder: Path, profile: ErrorProfile) -> None:
-    for name in base.files:
+    # A chat template belongs to the model; it is copied, never rendered.
+    templates = [name for name in ("chat_template.jinja",) if (base.folder / name).is_file()]
+    for name in (*base.files, *templates):
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.folder / name, target)
     config = read_json(folder / "config.json")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise InvalidSetting(
             "the base model is quantised already: only the adapter form can be attached to it"
         )
@@ -212,7 +238,7 @@ def _copy_base(base: ModelSource, folder: Path, profile: ErrorProfile) -> None:
         "key_mode": profile.key_mode,
         "sharing": profile.sharing,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def write_described(folder: Path, config: dict[str, Any]) -> None:
@@ -221,55 +247,33 @@ def write_described(folder: Path, config: dict[str, Any]) -> None:
 
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     (folder / CARD).write_text(model_card(config), encoding="utf-8")
-    names = sorted(
-        p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS
-    )
-    (folder / SUMS).write_text("".join(f"{file_digest(folder / name)}  {name}\n" for name in names))
+    (folder / SUMS).write_text(sums_of(folder), encoding="utf-8")
 
 
 def record_measurements(folder: Path, measured: dict[str, Any]) -> None:
-    """Put measured quality into a checkpoint: ``orthokv.json``, the model card and the digests follow."""
-    config = read_checkpoint(folder).config
+    """Put measured quality into a checkpoint: ``orthokv.json``, the model card and the digests follow.
+
+    Raises:
+        StorageError: the disk is full or read-only; the checkpoint is as it was.
+    """
+    config = {**read_checkpoint(folder).config, "measured": measured}
+    untouched = [
+        line for line in sums_of(folder).splitlines() if line.split("  ", 1)[1] not in (CONFIG, CARD)
+    ]
     try:
-        write_described(folder, {**config, "measured": measured})
+        with tempfile.TemporaryDirectory(prefix=".measured.", dir=folder.parent) as name:
+            written = Path(name)
+            write_described(written, config)
+            lines = [*untouched, *(written / SUMS).read_text(encoding="utf-8").splitlines()]
+            lines.sort(key=lambda line: line.split("  ", 1)[1])
+            (written / SUMS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            for file in (CARD, CONFIG, SUMS):
+                os.replace(written / file, folder / file)
     except OSError as error:
-        raise StorageError(f"cannot write {folder}: {error.strerror}") from error
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        raise StorageError(f"cannot write {folder}: {error.strerror}; it is as it was") from error
 
 
 # ---------------------------------------------------------------------------------------------------- read
-
-
-def read_sums(folder: Path) -> dict[str, str]:
-    """File name -> sha256, from ``SHA256SUMS``."""
-    try:
-        lines = (folder / SUMS).read_text().splitlines()
-        return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except FileNotFoundError:
-        raise InvalidCheckpoint(f"{folder} holds no {SUMS}: not a checkpoint") from None
-    except (OSError, ValueError) as error:
-        raise InvalidCheckpoint(f"{SUMS} is not readable ({error})") from error
-
-
-def verify_files(folder: Path, names: list[str] | None = None) -> None:
-    """Compare files with their digests: all of them, or those named.
-
-    Raises:
-        InvalidCheckpoint: a file is missing, unlisted, truncated or altered; names it.
-    """
-    sums = read_sums(folder)
-    for name in sums if names is None else names:
-        if name not in sums:
-            raise InvalidCheckpoint(f"{name} is not listed in {SUMS}")
-        path = folder / name
-        if not path.is_file():
-            raise InvalidCheckpoint(f"{name} is missing from {folder}")
-        if file_digest(path) != sums[name]:
-            raise InvalidCheckpoint(f"{name} was altered or truncated: its sha256 is not the one in {SUMS}")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -291,8 +295,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         geometry = AttentionGeometry.from_dict(config["geometry"])
         key_mode, sharing, codec = config["key_mode"], config["sharing"], config["codec"]["name"]
         ranks = [(int(entry["key"]["rank"]), int(entry["value"]["rank"])) for entry in config["ranks"]]
+        _require(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidCheckpoint(f"{CONFIG} lacks a field or holds a wrong one ({error})") from error
+        raise InvalidCheckpoint(f"{CONFIG} lacks a field or holds a wrong one ({error!r})") from error
     for name, value, allowed in (
         ("key_mode", key_mode, KEY_MODES),
         ("sharing", sharing, SHARINGS),
@@ -306,6 +311,18 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         )
     bases = tuple(_read_layer(tensors, i, pair, sharing, geometry) for i, pair in enumerate(ranks))
     return Checkpoint(folder, config, geometry, key_mode, sharing, codec, bases)
+
+
+def _require(config: dict[str, Any]) -> None:
+    """Fields that are read long after loading; KeyError or TypeError where one is missing or of another kind."""
+    for section, fields in _REQUIRED.items():
+        for field, kind in fields.items():
+            value = config[section][field]
+            if not isinstance(value, kind):
+                raise TypeError(f"{section}.{field} is {value!r}")
+    for dtype in DTYPES:
+        if not isinstance(config["base_model"]["fingerprints"][dtype], str):
+            raise TypeError(f"base_model.fingerprints.{dtype}")
 
 
 def _read_layer(

@@ -157,7 +157,7 @@ def evaluate(
     from orthokv.source import load_tokenizer
 
     found = read_checkpoint(checkpoint)
-    source = _base_of(found, model, revision)
+    source = _base_of(found.config["base_model"], model, revision)
     blocks = load_blocks(
         TextSource(dataset, field=field),
         load_tokenizer(source),
@@ -180,9 +180,7 @@ def compare(
     dataset: Dataset,
     kept: Annotated[str, typer.Option(help="Shares of bytes, separated by commas.")],
     methods: Annotated[str, typer.Option(help="method:sharing[:parameterisation], separated by commas.")],
-    evaluation: Annotated[
-        str | None, typer.Option("--eval", help="Text to evaluate on; default: --dataset.")
-    ] = None,
+    evaluation: Annotated[str, typer.Option("--eval", help="Text to evaluate on, other than --dataset.")],
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     allocation: Annotated[
         str, typer.Option(help="knapsack or uniform ranks, the same for all methods.")
@@ -208,6 +206,7 @@ def compare(
     from orthokv.report import comparison_table
     from orthokv.source import load_tokenizer, resolve_model
 
+    _check_plot(plot)
     choices = [MethodChoice.parse(text) for text in methods.split(",")]
     shares = _shares(kept)
     if allocation not in ALLOCATIONS[:2]:
@@ -225,7 +224,7 @@ def compare(
     with reporter() as report:
         blocks = prepare_blocks(source, TextSource(dataset, field=field), settings, loaded, report)
         held_out = load_blocks(
-            TextSource(evaluation or dataset, field=field),
+            TextSource(evaluation, field=field),
             load_tokenizer(source),
             num_samples=eval_samples,
             sequence_length=sequence_length,
@@ -271,13 +270,12 @@ def plan(
     from orthokv.checkpoint import write_checkpoint
     from orthokv.profile import ErrorProfile
     from orthokv.report import plan_table
-    from orthokv.source import resolve_model
 
     budget = Budget.from_options(kept=kept, layer_error=layer_error)
     _refuse_taken(out)
     found = ErrorProfile.load(profile)
     chosen = allocate(found, budget, allocation)  # type: ignore[arg-type]
-    base = resolve_model(model or found.model["id"], revision=revision) if form == "full" else None
+    base = _base_of(found.model, model, revision) if form == "full" else None
     write_checkpoint(found, chosen, out, form=form, base=base)  # type: ignore[arg-type]
     out_console.print(plan_table(chosen, found))
     out_console.print(
@@ -307,7 +305,7 @@ def generate(
     from orthokv.source import load_tokenizer
 
     found = read_checkpoint(checkpoint)
-    source = _base_of(found, model, revision)
+    source = _base_of(found.config["base_model"], model, revision)
     used = None if uncompressed else found
     made = run(load(source, device), load_tokenizer(source), used, prompt, max_new_tokens)
     if as_json:
@@ -327,10 +325,12 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Verify every file of a checkpoint or profile and show what is in it."""
-    from orthokv.checkpoint import CONFIG, read_checkpoint, verify_files
+    from orthokv.checkpoint import CONFIG, read_checkpoint
+    from orthokv.digests import verify_files
     from orthokv.profile import ErrorProfile
     from orthokv.report import profile_table
 
+    _check_plot(plot)
     described: dict[str, Any] = {}
     if (folder / CONFIG).is_file():
         verify_files(folder)
@@ -359,10 +359,10 @@ def inspect(
 # ------------------------------------------------------------------------------------- shared by commands
 
 
-def _base_of(checkpoint: Any, model: str | None, revision: str | None) -> Any:
+def _base_of(recorded: dict[str, Any], model: str | None, revision: str | None) -> Any:
+    """The base model that the user names, else the recorded one, at its recorded commit."""
     from orthokv.source import resolve_model
 
-    recorded = checkpoint.config["base_model"]
     if model is None:
         return resolve_model(recorded["id"], revision=revision or recorded["revision"])
     return resolve_model(model, revision=revision)
@@ -374,6 +374,14 @@ def _refuse_taken(out: Path) -> None:
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidSetting(f"{out} exists and is not an empty folder")
+
+
+def _check_plot(plot: Path | None) -> None:
+    """Before the work, not after it."""
+    from orthokv.errors import InvalidSetting
+
+    if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
+        raise InvalidSetting(f"--plot {plot} is not a file in an existing folder")
 
 
 def _shares(text: str) -> list[float]:

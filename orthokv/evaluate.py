@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from orthokv.attention import LayerBases, Seam
 from orthokv.capture import LayerTask, LayerWalk
 from orthokv.dataset import Blocks
+from orthokv.errors import InvalidModel
 from orthokv.progress import Reporter, Step, silent
 from orthokv.runtime.cache import cache_bytes
 
@@ -75,6 +76,10 @@ def _nll(logits: Tensor, tokens: Tensor) -> float:
     return float(nn.functional.cross_entropy(logits, tokens[1:].to(logits.device), reduction="sum").double())
 
 
+def _perplexity(mean_nll: float) -> float:
+    return math.exp(mean_nll) if mean_nll < 700 else math.inf
+
+
 def divergence(dense: Tensor, other: Tensor) -> float:
     """Sum over tokens of KL(dense || other), nats, from logits ``[tokens, vocabulary]``."""
     p, q = dense.log_softmax(-1), other.log_softmax(-1)
@@ -82,7 +87,11 @@ def divergence(dense: Tensor, other: Tensor) -> float:
 
 
 def quality(seam: Seam, bases: Sequence[LayerBases], blocks: Blocks, report: Reporter = silent) -> Quality:
-    """Perplexity and KL of ``bases`` on ``blocks``, one block at a time (logits of one block are held)."""
+    """Perplexity and KL of ``bases`` on ``blocks``, one block at a time (logits of one block are held).
+
+    Raises:
+        InvalidModel: the predictions are not finite.
+    """
     nll = nll_dense = kl = 0.0
     count = 0
     none: list[LayerBases | None] = [None] * len(bases)
@@ -96,13 +105,16 @@ def quality(seam: Seam, bases: Sequence[LayerBases], blocks: Blocks, report: Rep
         kl += divergence(dense, other)
         count += len(tokens) - 1
         report(Step("evaluating", i + 1, len(blocks), "blocks"))
-    return Quality(math.exp(nll / count), math.exp(nll_dense / count), kl / count, count)
+    found = Quality(_perplexity(nll / count), _perplexity(nll_dense / count), kl / count, count)
+    if not all(math.isfinite(x) for x in (found.perplexity, found.perplexity_dense, found.kl)):
+        raise InvalidModel(f"the predictions are not finite: {found}")
+    return found
 
 
 def perplexity(model: PreTrainedModel, blocks: Blocks) -> float:
     """Perplexity of a model as it is."""
     total = sum(_nll(block_logits(model, tokens), tokens) for tokens in blocks.tokens)
-    return math.exp(total / (len(blocks) * (blocks.tokens.shape[1] - 1)))
+    return _perplexity(total / (len(blocks) * (blocks.tokens.shape[1] - 1)))
 
 
 def layer_errors(

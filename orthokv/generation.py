@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from orthokv.checkpoint import Checkpoint
 from orthokv.errors import InvalidSetting
+from orthokv.geometry import AttentionGeometry
 from orthokv.runtime.attach import attach, detach
 from orthokv.runtime.cache import cache_bytes
 
@@ -43,13 +44,18 @@ def generate(
     """Greedy continuation of ``prompt``; ``checkpoint`` None uses the model uncompressed.
 
     Raises:
-        InvalidSetting: the prompt has no tokens, or the number of new tokens is below 1.
+        InvalidSetting: the prompt has no tokens, the number of new tokens is below 1, or the model has no such positions.
     """
     if max_new_tokens < 1:
         raise InvalidSetting(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long, device=model.device)
     if ids.numel() == 0:
         raise InvalidSetting("the prompt holds no tokens")
+    geometry, total = AttentionGeometry.from_config(model.config), ids.shape[1] + max_new_tokens
+    if geometry.rope is None and total > geometry.max_positions:
+        raise InvalidSetting(
+            f"{total} tokens exceed the {geometry.max_positions} positions that the model has learned"
+        )
     cache = DynamicCache(config=model.config)
     if checkpoint is not None:
         attach(model, checkpoint)
@@ -66,19 +72,15 @@ def generate(
     finally:
         if checkpoint is not None:
             detach(model)
-    cached = int(cache.get_seq_length())
-    geometry_bytes = _dense_bytes(model)
+    # Counted on what the cache keeps, layer by layer: a sliding window keeps fewer tokens than it has seen.
+    layers: list[Any] = cache.layers
+    kept = sum(layer.keys.shape[-2] for layer in layers)
+    dense = kept * geometry.dense_bytes_per_token // len(layers)
     text = tokenizer.decode(sequences[0], skip_special_tokens=True)
     return Generated(
         text=str(text),
         tokens=int(sequences.shape[1] - ids.shape[1]),
-        cached_tokens=cached,
-        cache_bytes=cache_bytes(cache) if checkpoint is not None else geometry_bytes * cached,
-        cache_bytes_dense=geometry_bytes * cached,
+        cached_tokens=kept // len(layers),
+        cache_bytes=cache_bytes(cache) if checkpoint is not None else dense,
+        cache_bytes_dense=dense,
     )
-
-
-def _dense_bytes(model: PreTrainedModel) -> int:
-    from orthokv.geometry import AttentionGeometry
-
-    return AttentionGeometry.from_config(model.config).dense_bytes_per_token

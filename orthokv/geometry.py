@@ -121,7 +121,13 @@ class AttentionGeometry:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AttentionGeometry:
-        return cls(**data)
+        """The reverse of :meth:`to_dict`; TypeError for a missing, unknown or wrongly typed field."""
+        geometry = cls(**data)
+        for name in ("layers", "hidden_size", "heads", "kv_heads", "head_dim", "max_positions"):
+            value = getattr(geometry, name)
+            if type(value) is not int or value < 1:
+                raise TypeError(f"geometry.{name} is {value!r}")
+        return geometry
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
@@ -137,7 +143,12 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The model's decoder layers, in order."""
-    layers = model.get_submodule(architecture_of(model.config).layers)
+    path = architecture_of(model.config).layers
+    try:
+        layers = model.get_submodule(path)
+    except AttributeError:
+        kind = type(model).__name__
+        raise UnsupportedModel(f"{kind} has no {path}: load the model with AutoModelForCausalLM") from None
     assert isinstance(layers, nn.ModuleList)
     return layers
 

@@ -6,6 +6,7 @@ layers one by one, the profile, a checkpoint, its evaluation.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from orthokv.allocate import Allocation, Plan, allocate, allocate_for_perplexity
+from orthokv.allocate import Allocation, Plan, allocate, allocate_for_perplexity, check_reachable
 from orthokv.attention import Bases, Seam, seam_of
 from orthokv.basis import KEY_MODES, SHARINGS, KeyMode, Sharing
 from orthokv.budget import Budget
@@ -158,7 +159,7 @@ def fit_layers(
             if index in wanted:
                 view = view_layer(walk, seam, index)
                 # The seed of a layer is its own, so that a resumed fit continues exactly as an unbroken one.
-                fitted = method.fit(view, settings.sharing, settings.seed * 100_003 + index)
+                fitted = method.fit(view, settings.sharing, settings.seed * 100_003 + index).contiguous()
                 yield measure_layer(view, fitted, settings.profile_samples)
                 report(Step("fitting", wanted.index(index) + 1, len(wanted), "layers"))
             else:
@@ -183,7 +184,8 @@ def build_profile(
         sharing=settings.sharing,
         layers=tuple(sorted(layers, key=lambda layer: layer.index)),
         model={
-            "id": source.id,
+            # A local folder by its full path: a relative one would be another folder, or a hub id, elsewhere.
+            "id": source.id if source.revision is not None else str(source.folder),
             "revision": source.revision,
             "digest": source.digest,
             "fingerprints": weight_fingerprints(model),
@@ -224,7 +226,7 @@ def sensitivities(
                 seam.set_bases(i, None)
                 report(Step("sensitivity", n * len(points) + i + 1, len(tokens) * len(points), "layers"))
     return [
-        kl / len(tokens) / max(float(layer.error[a, b]) ** 2, 1e-12)
+        max(kl, 0.0) / len(tokens) / max(float(layer.error[a, b]) ** 2, 1e-12)
         for kl, layer, (a, b) in zip(total, profile.layers, points, strict=True)
     ]
 
@@ -378,7 +380,10 @@ def compress(
         OrthoKVError: any of its kinds; nothing is left at ``out``.
     """
     settings = settings or FitSettings()
-    check_key_mode(read_geometry(source), settings.key_mode)  # before any weight is read
+    geometry = read_geometry(source)
+    # What can be refused is refused before any weight is read.
+    check_key_mode(geometry, settings.key_mode)
+    check_reachable(geometry, settings.sharing, settings.key_mode, budget)
     model = load(source, device)
     blocks = prepare_blocks(source, text, settings, model, report)
     layers = list(fit_layers(model, blocks, settings, report=report))
@@ -386,6 +391,10 @@ def compress(
     _, held_out = blocks.split(settings.holdout)
     plan, reached = make_plan(profile, budget, model=model, held_out=held_out, report=report)
     checkpoint = write_checkpoint(profile, plan, out, form=form, base=source)
-    measured = evaluate_checkpoint(model, checkpoint, held_out, report=report)
-    record_measurements(out, measured)
+    try:
+        measured = evaluate_checkpoint(model, checkpoint, held_out, report=report)
+        record_measurements(out, measured)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     return Compressed(checkpoint, profile, plan, measured, reached)

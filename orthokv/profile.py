@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orthokv.attention import Bases
-from orthokv.basis import Basis, KeyMode, Sharing
+from orthokv.basis import KEY_MODES, SHARINGS, Basis, KeyMode, Sharing
 from orthokv.capture import LayerView
+from orthokv.digests import SUMS, file_digest, verify_files
 from orthokv.errors import InvalidCheckpoint
 from orthokv.geometry import AttentionGeometry
 from orthokv.methods.base import FittedBases
@@ -37,7 +38,7 @@ class LayerProfile:
         error: float64 ``[len(ranks_key), len(ranks_value)]``, ``||Z - Z~||_F / ||Z||_F`` on calibration blocks, measured.
         cosine: same shape, mean over tokens of the cosine of Z and Z~.
         sensitivity: mean KL divergence of the model's next-token distribution per squared error of this layer, measured with
-            only this layer compressed; None until :func:`orthokv.pipeline.profile_model` has measured it.
+            only this layer compressed; None until :func:`orthokv.pipeline.sensitivities` has measured it.
         spectrum_key, spectrum_value: singular values ``[groups, width]`` where the method has them.
     """
 
@@ -91,13 +92,16 @@ class LayerProfile:
             decoder = tensors.get(f"{prefix}{side}.decoder", encoder)
             return Basis(encoder, decoder, geometry.kv_heads, geometry.head_dim)
 
+        error = tensors[prefix + "error"]
+        if tuple(error.shape) != (len(data["ranks_key"]), len(data["ranks_value"])):
+            raise ValueError(f"layer {data['index']} has ranks for another table of errors")
         return cls(
             index=int(data["index"]),
             key=basis("key"),
             value=basis("value"),
             ranks_key=tuple(data["ranks_key"]),
             ranks_value=tuple(data["ranks_value"]),
-            error=tensors[prefix + "error"],
+            error=error,
             cosine=tensors[prefix + "cosine"],
             sensitivity=data["sensitivity"],
             spectrum_key=tensors.get(prefix + "key.spectrum"),
@@ -157,21 +161,33 @@ class ErrorProfile:
         """Write ``profile.json`` and ``profile.safetensors`` into an existing folder."""
         tensors = {name: t for layer in self.layers for name, t in layer.tensors().items()}
         save_file(tensors, folder / PROFILE_TENSORS)
-        (folder / PROFILE_JSON).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        described = {**self.to_dict(), "tensors_sha256": file_digest(folder / PROFILE_TENSORS)}
+        (folder / PROFILE_JSON).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> ErrorProfile:
         """Read a profile from a folder that holds one (a profile, or a checkpoint).
 
         Raises:
-            InvalidCheckpoint: files are missing, truncated, of another version, or disagree with each other.
+            InvalidCheckpoint: files are missing, truncated, altered, of another version, or disagree with each other.
         """
+        if (folder / SUMS).is_file():
+            verify_files(folder, [PROFILE_JSON, PROFILE_TENSORS])
         data = read_json(folder / PROFILE_JSON)
         if data.get("format_version") != PROFILE_VERSION:
             raise InvalidCheckpoint(
                 f"profile format version {data.get('format_version')!r} is not {PROFILE_VERSION}"
             )
         tensors, _ = read_safetensors(folder / PROFILE_TENSORS)
+        if data.get("tensors_sha256") != file_digest(folder / PROFILE_TENSORS):
+            raise InvalidCheckpoint(
+                f"{PROFILE_TENSORS} was altered: its sha256 is not the one in {PROFILE_JSON}"
+            )
+        for name, allowed in (("key_mode", KEY_MODES), ("sharing", SHARINGS)):
+            if data.get(name) not in allowed:
+                raise InvalidCheckpoint(
+                    f"{PROFILE_JSON}: {name} {data.get(name)!r} is not one of {', '.join(allowed)}"
+                )
         try:
             geometry = AttentionGeometry.from_dict(data["geometry"])
             layers = tuple(LayerProfile.from_parts(entry, tensors, geometry) for entry in data["layers"])

@@ -26,6 +26,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from orthokv.dataset import Blocks
+from orthokv.pipeline import FitSettings, build_profile, fit_layers
+from orthokv.profile import ErrorProfile
+from orthokv.source import load_model, resolve_model
+
 ARCHITECTURES: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3", "opt")
 
 VOCABULARY, PAD, BOS, UNKNOWN = 99, 0, 1, 2
@@ -82,7 +87,7 @@ def _weights(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor
     if name.endswith("bias"):
         return 0.3 * noise
     if "embed" in name:
-        return noise if "tokens" in name else 0.5 * noise
+        return 0.25 * noise if "decoder" in name else noise  # opt: tied to its output, and added to positions
     if "q_proj" in name:
         return 0.3 * noise
     if "k_proj" in name or "v_proj" in name:
@@ -129,3 +134,19 @@ def tiny_text(characters: int, seed: int = 0) -> str:
     generator = torch.Generator().manual_seed(seed)
     letters = torch.randint(0, len(string.ascii_letters), (characters,), generator=generator).tolist()
     return "".join(string.ascii_letters[i] for i in letters)
+
+
+def tiny_blocks(samples: int = 4, length: int = 16, seed: int = 0) -> Blocks:
+    """Random calibration blocks."""
+    return Blocks.of(tiny_tokens(samples, length, seed), f"tiny tokens (seed {seed})")
+
+
+def tiny_profile(folder: Path, **settings: Any) -> ErrorProfile:
+    """The profile of a model on disk (see :func:`tiny_folder`), by the closed form unless ``settings`` say otherwise."""
+    chosen = FitSettings(
+        **{"method": "eigen", "num_samples": 4, "sequence_length": 16, "profile_samples": 1, **settings}
+    )
+    source = resolve_model(str(folder))
+    model = load_model(source)
+    blocks = tiny_blocks(chosen.num_samples, chosen.sequence_length)
+    return build_profile(model, source, blocks, list(fit_layers(model, blocks, chosen)), chosen)

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 import torch
 
+from orthokv.allocate import check_reachable
 from orthokv.budget import Budget
 from orthokv.checkpoint import (
     CONFIG,
@@ -112,7 +113,9 @@ class Job:
         self.inputs = {name: Path(path) for name, path in request["inputs"].items()}
         settings = dict(request["settings"])
         self.device = str(settings.pop("device", "auto"))
-        if settings["parameterisation"] == "direct":
+        if settings["parameterisation"] == "predictor":
+            settings["epochs"] = settings.pop("steps")  # what a step is, to a predictor
+        else:
             settings["parameterisation"] = None  # what every method does unless told otherwise
         self.settings = FitSettings(**settings)
 
@@ -148,6 +151,7 @@ def resolve(job: Job) -> dict[str, Any]:
     source = job.source()
     geometry = read_geometry(source)
     check_key_mode(geometry, job.settings.key_mode)
+    check_reachable(geometry, job.settings.sharing, job.settings.key_mode, job.budget())
     model = {"id": source.id, "revision": source.revision, "digest": source.digest}
     return {"model": model, "geometry": geometry.to_dict()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -26,6 +26,9 @@ class FittedBases:
     history: dict[str, Any]
     spectrum_key: Tensor | None = None
     spectrum_value: Tensor | None = None
+
+    def contiguous(self) -> FittedBases:
+        return replace(self, key=self.key.contiguous(), value=self.value.contiguous())
 
     def bases(self, rank_key: int, rank_value: int) -> Bases:
         return Bases(self.key.truncate(rank_key), self.value.truncate(rank_value))

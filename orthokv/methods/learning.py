@@ -15,7 +15,7 @@ from orthokv.errors import InvalidModel
 
 # Ranks that a step may train, as shares of the width. Below the first a cache is useless, above the second the closed
 # form is already exact to within rounding.
-SMALLEST_SHARE, LARGEST_SHARE = 1 / 16, 3 / 4
+SMALLEST_SHARE, LARGEST_SHARE = 1 / 16, 15 / 16
 _GOLDEN = 0.5 * (math.sqrt(5) - 1)
 _PLASTIC = 0.7548776662466927  # with its square, the two-dimensional golden ratio (Roberts 2018)
 
@@ -35,6 +35,26 @@ def rank_pairs(width_key: int, width_value: int, seed: int) -> Iterator[tuple[in
             max(1, round(s * w)) for s, w in zip(shares, (width_key, width_value), strict=True)
         )
         yield rank_key, rank_value
+
+
+def trained_columns(width: int) -> int:
+    """How many leading columns of a square basis the steps train."""
+    return max(1, round(LARGEST_SHARE * width))
+
+
+def order_tail(point: Tensor, moment: Tensor) -> Tensor:
+    """Put the columns behind the trained ones back in the order of the energy that they carry.
+
+    They still span what the trained columns leave out, but training turned them away from its principal directions.
+
+    Args:
+        point: square orthogonal matrices ``[groups, width, width]``.
+        moment: second moment of what they encode, same shape.
+    """
+    trained = trained_columns(point.shape[-1])
+    head, tail = point[..., :trained].double(), point[..., trained:].double()
+    _, vectors = torch.linalg.eigh(tail.transpose(-1, -2) @ moment.to(point.device) @ tail)
+    return torch.cat([head, (tail @ vectors).flip(-1)], dim=-1).to(point.dtype)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A learned pair: encoder and decoder move freely, from the weighted closed form."""
+"""A learned oblique projector: encoder and decoder move together, from the weighted closed form."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from orthokv.methods.weighted import Whitened, whitened_layer
 
 @dataclass(frozen=True)
 class Oblique:
-    """Minimise the layer's output error over encoder and decoder, both of any shape.
+    """Minimise the layer's output error over invertible matrices ``A``: encoder ``A``, decoder ``A^-T``.
 
     Attributes:
         steps: optimiser steps a layer.
         step_size: how far a column turns in a step at the start, in radians, about.
 
-    The pair is moved in the whitened coordinates of :mod:`orthokv.methods.weighted`, where all directions matter alike, so
-    that one step size fits all.
+    The first ``r`` columns of both are an oblique projector for every ``r``, and the full rank is exact. Two free matrices
+    would have no such order: what a few columns learn to shrink, the others could not add back. ``A`` is moved in the whitened
+    coordinates of :mod:`orthokv.methods.weighted`, where all directions matter alike, so that one step size fits all.
     """
 
     name: ClassVar[str] = "oblique"
@@ -37,36 +38,37 @@ class Oblique:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InvalidSetting(f"steps must be at least 1, not {self.steps}")
+        if not self.step_size > 0:
+            raise InvalidSetting(f"step_size must be above 0, not {self.step_size}")
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
         geometry = view.geometry
         device = view.walk.device
         sides = whitened_layer(view, sharing)
-        # Order: key encoder, key decoder, value encoder, value decoder.
-        variables = [side.vectors.float().to(device).clone() for side in sides for _ in range(2)]
-        roots = [m.float().to(device) for side in sides for m in (_scaled(side))]
-        optimisers = [Adam(v) for v in variables]
+        points = [side.vectors.float().to(device).clone() for side in sides]
+        roots = [tuple(m.float().to(device) for m in _scaled(side)) for side in sides]
+        optimisers = [Adam(point) for point in points]
 
         def basis(side: int, rank: int | None = None) -> Basis:
-            encoder = roots[2 * side] @ variables[2 * side][..., :rank]
-            decoder = roots[2 * side + 1] @ variables[2 * side + 1][..., :rank]
+            root, inverse_root = roots[side]
+            dual = torch.linalg.inv(points[side]).transpose(-1, -2)
+            encoder, decoder = root @ points[side][..., :rank], inverse_root @ dual[..., :rank]
             return Basis(encoder, decoder, geometry.kv_heads, geometry.head_dim)
 
         def update(i: int, gradient: Tensor, factor: float) -> None:
-            step = self.step_size * factor / variables[i].shape[-2] ** 0.5
-            variables[i].sub_(step * optimisers[i].direction(gradient))
+            step = self.step_size * factor / points[i].shape[-2] ** 0.5
+            points[i].sub_(step * optimisers[i].direction(gradient))
 
         losses = descend(
             view,
-            variables,
+            points,
             lambda rank_key, rank_value: Bases(basis(0, rank_key), basis(1, rank_value)),
             update,
-            widths=(variables[0].shape[-1], variables[2].shape[-1]),
+            widths=(points[0].shape[-1], points[1].shape[-1]),
             steps=self.steps,
             seed=seed,
         )
-        with torch.no_grad():
-            return FittedBases(basis(0).to("cpu"), basis(1).to("cpu"), {"loss": losses})
+        return FittedBases(basis(0).to("cpu"), basis(1).to("cpu"), {"loss": losses})
 
 
 def _scaled(side: Whitened) -> tuple[Tensor, Tensor]:

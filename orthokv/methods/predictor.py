@@ -7,10 +7,12 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from orthokv.attention import Bases
 from orthokv.basis import Sharing, group_width, orthonormal, qr
 from orthokv.capture import LayerView
+from orthokv.errors import InvalidModel
 from orthokv.methods.base import FittedBases
 from orthokv.methods.learning import rank_pairs
 
@@ -32,7 +34,8 @@ class BasisPredictor(nn.Module):
     def __init__(self, width: int, generator: torch.Generator) -> None:
         super().__init__()
         sizes = [2 * width, HIDDEN, HIDDEN, HIDDEN, width * width]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        # Without the default initialisation, which would draw from the global generator.
+        self.layers = nn.ModuleList(skip_init(nn.Linear, a, b) for a, b in pairwise(sizes))
         self.width = width
         for layer, inputs in zip(self.layers, sizes, strict=False):
             bound = 1 / math.sqrt(inputs)
@@ -112,6 +115,8 @@ def _fit_side(
         with torch.no_grad():
             ranks = [max(1, width // share) for share in (2, 4, 8)]
             value = sum(float(loss(rank, validation)) for rank in ranks) / len(ranks)
+            if not math.isfinite(value):
+                raise InvalidModel(f"the error of layer {view.index} is not finite in epoch {len(history)}")
             history.append(value)
             if value < best:
                 best, best_point, waited = value, predictor(described).detach(), 0

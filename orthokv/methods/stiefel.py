@@ -13,7 +13,7 @@ from orthokv.basis import RETRACTIONS, Basis, Sharing, orthonormal, tangent
 from orthokv.capture import LayerView
 from orthokv.errors import InvalidSetting
 from orthokv.methods.base import FittedBases, descending_eigh, grouped_moment
-from orthokv.methods.learning import Adam, descend
+from orthokv.methods.learning import Adam, descend, order_tail
 from orthokv.methods.predictor import fit_predictor
 from orthokv.methods.weighted import whitened_layer
 
@@ -51,6 +51,10 @@ class Stiefel:
             raise InvalidSetting(
                 f"parameterisation must be 'direct' or 'predictor', not {self.parameterisation!r}"
             )
+        if not self.step_size > 0:
+            raise InvalidSetting(f"step_size must be above 0, not {self.step_size}")
+        if self.start not in ("eigen", "weighted"):
+            raise InvalidSetting(f"start must be 'eigen' or 'weighted', not {self.start!r}")
         if self.retraction not in RETRACTIONS:
             raise InvalidSetting(
                 f"retraction must be one of {', '.join(RETRACTIONS)}, not {self.retraction!r}"
@@ -81,6 +85,8 @@ class Stiefel:
             steps=self.steps,
             seed=seed,
         )
+        for point, name in zip(points, ("key", "value"), strict=True):
+            point.copy_(order_tail(point, grouped_moment(view, sharing, name)))
         return FittedBases(basis(0).to("cpu"), basis(1).to("cpu"), {"loss": losses})
 
     def _start(self, view: LayerView, sharing: Sharing) -> list[Tensor]:

@@ -4,6 +4,9 @@ For keys ``sum ||q (k - k')||^2 = tr(S_q (I - P)^T C_k (I - P))`` with ``S_q`` t
 head: the optimum is found in the whitened space ``y = k S_q^(1/2)``, where it is a plain PCA (KQ-SVD, arXiv 2512.05916, in
 covariance form). For values the weighting is ``W_O W_O^T`` per KV head. The result is an oblique pair:
 ``E = M^(1/2) U``, ``D = M^(-1/2) U``.
+
+Where several heads share one basis for their keys (``tied``), moments and weightings are pooled over the heads before: an
+approximation, since the exact objective would keep each head's keys with its own queries.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ def whiten(moment: Tensor, weighting: Tensor) -> Whitened:
     """PCA of ``x M^(1/2)`` for ``x`` with the given second moment."""
     values, vectors = torch.linalg.eigh(weighting)
     values = values.clamp_min(0)
-    values = values + _DAMPING * values.mean(-1, keepdim=True)
+    mean = values.mean(-1, keepdim=True)
+    # A head that nothing reads has no weights at all: its errors then count alike.
+    values = torch.where(mean > 0, values + _DAMPING * mean, 1.0)
     root = (vectors * values.sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
     inverse_root = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
     _, best = descending_eigh(root @ moment @ root)

@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orthokv.attention import Bases, Seam, seam_of
 from orthokv.basis import Basis
-from orthokv.checkpoint import CONFIG, SUMS, TENSORS, Checkpoint, read_checkpoint
+from orthokv.checkpoint import CONFIG, QUANT_METHOD, TENSORS, Checkpoint, read_checkpoint
 from orthokv.codecs import store_dtype
+from orthokv.digests import SUMS
 from orthokv.errors import CheckpointMismatch, InvalidCheckpoint, InvalidSetting
 from orthokv.fingerprint import matches
 from orthokv.geometry import AttentionGeometry, attention_modules
@@ -106,6 +110,10 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     seam.remove()
     for module in seam.modules:
         delattr(module, _SUBMODULE)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and quantizer.quantization_config.quant_method == QUANT_METHOD:
+        # Loaded as a full checkpoint: without its bases it is the plain model, also when it is saved.
+        quantizer.remove_quantization_config(model)
     return model
 
 
@@ -133,18 +141,25 @@ def check_model(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         )
 
 
-def locate(checkpoint: str | Path) -> Path:
-    """A local folder as it is; a hub id as the folder its adapter files were downloaded to."""
+def locate(
+    checkpoint: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """A local folder as it is; a hub id as the folder its adapter files were downloaded to.
+
+    Raises:
+        InvalidCheckpoint: it is neither, or cannot be fetched.
+    """
     path = Path(checkpoint)
     if path.is_dir():
         return path
     text = str(checkpoint)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise InvalidCheckpoint(f"{text} is neither a folder nor a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
     try:
-        return Path(snapshot_download(text, allow_patterns=[CONFIG, TENSORS, SUMS]))
+        validate_repo_id(text)
+        if text.count("/") != 1:
+            raise HFValidationError(text)
+        wanted = [CONFIG, TENSORS, SUMS]
+        return Path(snapshot_download(text, revision=revision, cache_dir=cache_dir, allow_patterns=wanted))
+    except HFValidationError:
+        raise InvalidCheckpoint(f"{text} is neither a folder nor a hub id") from None
     except (HfHubHTTPError, OSError) as error:
         raise InvalidCheckpoint(f"checkpoint {text} cannot be fetched from the hub ({error})") from error

@@ -94,10 +94,15 @@ class LatentLayer(_StockLayer):
     _index: int
     book: PositionBook | None
     pending_positions: Tensor | None
+    # Set by the seam before each update: a model without the seam must not take latents for keys.
+    expected: bool
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if not self.expected:
+            raise InvalidSetting("this cache holds latents, but the model that uses it has no bases attached")
+        self.expected = False
         dtype = self._ref.bases.store_dtype or key_states.dtype
         return self.store(key_states, value_states, dtype, *args, **kwargs)
 
@@ -190,7 +195,7 @@ def adopt_layer(cache: Cache, index: int, bases: LayerBases, *, positions: bool)
     layer: Any = cache.layers[index]
     if isinstance(layer, LatentLayer):
         if layer._ref.bases is not bases:
-            raise InvalidSetting("this cache was filled by another compressed model")
+            raise InvalidSetting("this cache was filled by another compressed model or an earlier attachment")
         return layer
     kind = _LATENT_CLASS.get(type(layer))
     if kind is None:
@@ -203,7 +208,7 @@ def adopt_layer(cache: Cache, index: int, bases: LayerBases, *, positions: bool)
     latent = object.__new__(kind)
     latent.__dict__.update(layer.__dict__)
     latent._ref, latent._index = _BasesRef(bases), index
-    latent.pending_positions = None
+    latent.pending_positions, latent.expected = None, False
     latent.book = _book(cache, index, latent) if positions else None
     cache.layers[index] = latent
     return latent

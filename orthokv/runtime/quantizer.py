@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from orthokv.checkpoint import CONFIG, FORMAT_VERSION, QUANT_METHOD
-from orthokv.errors import InvalidCheckpoint
+from orthokv.errors import InvalidCheckpoint, InvalidSetting
 from orthokv.runtime.attach import attach, locate
 
 
@@ -50,13 +50,18 @@ class OrthoKVQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         folder = self._folder
-        if folder is None or not (folder / CONFIG).is_file():
-            # From a hub, only weights were downloaded so far.
-            folder = locate(model.config._name_or_path)
+        if folder is None:
+            raise InvalidCheckpoint("the model was loaded from no folder: its bases cannot be found")
+        if not (folder / CONFIG).is_file():
+            # From a hub only the weights were downloaded so far; the bases are those of the same commit.
+            if folder.parent.name != "snapshots":
+                raise InvalidCheckpoint(f"{CONFIG} is missing from {folder}")
+            folder = locate(model.config._name_or_path, revision=folder.name, cache_dir=folder.parents[2])
         return attach(model, folder)
 
     def is_serializable(self) -> bool:
-        return True
+        # Asked only by `save_pretrained`, which would write the base model's weights and leave the bases behind.
+        raise InvalidSetting("a model with bases attached cannot be saved: copy its checkpoint folder, or detach first")
 
     @property
     def is_trainable(self) -> bool:

@@ -1,0 +1,189 @@
+"""A Postgres for the tests: the first of these that works.
+
+1. the server of `ORTHOKV_TEST_POSTGRES_URL`;
+2. a server on 127.0.0.1:5432 that lets `postgres` or the current user in;
+3. a private server from binaries on the PATH or in Debian's place;
+4. Debian's package, where we are root, then as 3;
+5. a container.
+
+Nothing is skipped in silence: where none works, the run stops with one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.conninfo import make_conninfo
+
+START_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def postgres_url() -> Iterator[str]:
+    """The URL of a new, empty database, dropped at the end."""
+    with contextlib.ExitStack() as stack:
+        server = _configured() or _running() or _private(stack) or _installed(stack) or _container(stack)
+        if server is None:
+            pytest.exit(
+                "The tests need Postgres: set ORTHOKV_TEST_POSTGRES_URL, start a server on 127.0.0.1:5432, put "
+                "initdb and postgres on the PATH, or make Docker available.",
+                returncode=1,
+            )
+        yield stack.enter_context(_new_database(server))
+
+
+@contextlib.contextmanager
+def _new_database(server: str) -> Iterator[str]:
+    name = f"orthokv_test_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        info = connection.info
+        password = f":{info.password}" if info.password else ""
+        url = f"postgresql://{info.user}{password}@{info.host}:{info.port}/{name}"
+    try:
+        yield url
+    finally:
+        with psycopg.connect(server, autocommit=True) as connection:
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def _configured() -> str | None:
+    url = os.environ.get("ORTHOKV_TEST_POSTGRES_URL")
+    if url and not _answers(url):
+        pytest.exit("ORTHOKV_TEST_POSTGRES_URL is set, but no server answers there.", returncode=1)
+    return url or None
+
+
+def _running() -> str | None:
+    users = dict.fromkeys(("postgres", getpass.getuser(), "root"))
+    urls = (_conninfo(5432, user) for user in users)
+    return next((url for url in urls if _answers(url)), None)
+
+
+def _private(stack: contextlib.ExitStack) -> str | None:
+    """A server of our own in a temporary folder, without durability and on a free port."""
+    binaries = _binaries()
+    user = _unprivileged_user()
+    if binaries is None or user is None:
+        return None
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orthokv-postgres-")))
+    account = pwd.getpwnam(user)
+    if os.getuid() == 0:
+        os.chown(folder, account.pw_uid, account.pw_gid)
+    uid, gid = (account.pw_uid, account.pw_gid) if os.getuid() == 0 else (None, None)
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": str(folder)}
+    data = folder / "data"
+    made = subprocess.run(
+        [binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"],
+        capture_output=True,
+        cwd=folder,
+        env=environment,
+        user=uid,
+        group=gid,
+        check=False,
+    )
+    if made.returncode != 0:
+        return None
+    port = _free_port()
+    options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+    server = subprocess.Popen(
+        [binaries / "postgres", "-D", data, "-p", str(port), *(f"-c{k}={v}" for k, v in options.items())],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        env=environment,
+        user=uid,
+        group=gid,
+    )
+    stack.callback(server.wait)
+    stack.callback(server.send_signal, signal.SIGINT)  # a fast shutdown: it waits for no client
+    return _wait_for(_conninfo(port, "postgres"))
+
+
+def _installed(stack: contextlib.ExitStack) -> str | None:
+    if os.getuid() != 0 or shutil.which("apt-get") is None:
+        return None
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "-y", "postgresql"]):
+        if subprocess.run(command, capture_output=True, env=environment, check=False).returncode != 0:
+            return None
+    return _private(stack)
+
+
+def _container(stack: contextlib.ExitStack) -> str | None:
+    if shutil.which("docker") is None:
+        return None
+    port = _free_port()
+    name = f"orthokv-test-{uuid.uuid4().hex[:12]}"
+    command = ["docker", "run", "-d", "--rm", "--name", name, "-p", f"127.0.0.1:{port}:5432"]
+    command += ["-e", "POSTGRES_HOST_AUTH_METHOD=trust", "postgres:17-alpine", "-c", "fsync=off"]
+    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
+        return None
+    stack.callback(subprocess.run, ["docker", "stop", "-t", "1", name], capture_output=True, check=False)
+    return _wait_for(_conninfo(port, "postgres"))
+
+
+def _binaries() -> Path | None:
+    """Folder of initdb and postgres; of several Debian versions the newest."""
+    found = shutil.which("initdb")
+    folders = [Path(found).resolve().parent] if found else []
+    folders += sorted(
+        Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name), reverse=True
+    )
+    return next((f for f in folders if (f / "initdb").exists() and (f / "postgres").exists()), None)
+
+
+def _unprivileged_user() -> str | None:
+    """Postgres refuses to run as root."""
+    if os.getuid() != 0:
+        return getpass.getuser()
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name).pw_name
+    return None
+
+
+def _conninfo(port: int, user: str) -> str:
+    return make_conninfo(host="127.0.0.1", port=port, user=user, dbname="postgres", connect_timeout=3)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with psycopg.connect(url) as connection:
+            row = connection.execute(
+                "SELECT rolcreatedb OR rolsuper FROM pg_roles WHERE rolname = current_user"
+            ).fetchone()
+            return row is not None and bool(row[0])
+    except psycopg.Error:
+        return False
+
+
+def _wait_for(url: str) -> str | None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if _answers(url):
+            return url
+        time.sleep(0.1)
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
