@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+
+# Typer carries its own click and exports its errors only in part.
+from typer._click.exceptions import ClickException, NoArgsIsHelpError
 
 from orthokv.budget import Budget
 from orthokv.errors import BudgetUnreachable, OrthoKVError
@@ -448,15 +451,25 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     _add_commands()
     try:
-        app(arguments, standalone_mode=True)
+        code = app(arguments, standalone_mode=False)
     except BudgetUnreachable as error:
-        err_console.print(f"orthokv: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(3)
+        _stop(str(error), 3)
     except OrthoKVError as error:
-        err_console.print(f"orthokv: {error}", markup=False, highlight=False, soft_wrap=True)
+        _stop(str(error), 2)
+    except NoArgsIsHelpError as error:
+        error.show()
         sys.exit(2)
-    except KeyboardInterrupt:
+    except ClickException as error:
+        # One line, where click itself would add the usage of the command.
+        _stop(error.format_message(), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    err_console.print(f"orthokv: {message}", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

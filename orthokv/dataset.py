@@ -258,7 +258,9 @@ class Blocks:
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
         try:
-            save_file({"tokens": self.tokens}, partial, {"digest": self.digest, "source": self.source})
+            # One key: several would come in another order in every process, and the file in other bytes.
+            described = json.dumps({"digest": self.digest, "source": self.source})
+            save_file({"tokens": self.tokens}, partial, {"orthokv": described})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
@@ -271,8 +273,9 @@ class Blocks:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tokens = file.get_tensor("tokens")
-            digest, source = metadata["digest"], metadata["source"]
-        except KeyError as error:
+            described = json.loads(metadata["orthokv"])
+            digest, source = described["digest"], described["source"]
+        except (KeyError, ValueError) as error:
             raise InvalidDataset(f"{path} holds no token blocks: {error} is missing") from error
         except (OSError, SafetensorError) as error:
             raise InvalidDataset(f"token blocks {path} cannot be read: {error}") from error

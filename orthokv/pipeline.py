@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,17 @@ def prepare_blocks(
             seed=settings.seed,
             progress=counter(report, "sampling", "tokens"),
         )
-    return load_blocks(
+    blocks = load_blocks(
         text,
         load_tokenizer(source),
         num_samples=settings.num_samples,
         sequence_length=settings.sequence_length,
         max_positions=read_geometry(source).max_positions,
     )
+    if text.resolved_format() == "hub":
+        return blocks
+    # The name goes into every checkpoint; the folders above it are nobody's business, and differ between machines.
+    return replace(blocks, source=Path(blocks.source).name)
 
 
 def fit_layers(

@@ -110,16 +110,18 @@ class LayerProfile:
 
     def save(self, path: Path, geometry: AttentionGeometry) -> None:
         """One layer as one file, which is what an interrupted fit leaves behind and resumes from."""
-        metadata = {"layer": json.dumps(self.to_dict()), "geometry": json.dumps(geometry.to_dict())}
-        save_file(self.tensors(), path, metadata=metadata)
+        # One key: the order of several would differ from process to process, and with it the file's bytes.
+        described = {"layer": self.to_dict(), "geometry": geometry.to_dict()}
+        save_file(self.tensors(), path, metadata={"orthokv": json.dumps(described)})
 
     @classmethod
     def load(cls, path: Path) -> LayerProfile:
         """Read a file written by :meth:`save`; raises :class:`InvalidCheckpoint` for anything else."""
         tensors, metadata = read_safetensors(path)
         try:
-            geometry = AttentionGeometry.from_dict(json.loads(metadata["geometry"]))
-            return cls.from_parts(json.loads(metadata["layer"]), tensors, geometry)
+            described = json.loads(metadata["orthokv"])
+            geometry = AttentionGeometry.from_dict(described["geometry"])
+            return cls.from_parts(described["layer"], tensors, geometry)
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidCheckpoint(f"{path.name} is not a layer of a profile ({error})") from error
 

@@ -61,7 +61,9 @@ class OrthoKVQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         # Asked only by `save_pretrained`, which would write the base model's weights and leave the bases behind.
-        raise InvalidSetting("a model with bases attached cannot be saved: copy its checkpoint folder, or detach first")
+        raise InvalidSetting(
+            "a model with bases attached cannot be saved: copy its checkpoint folder, or detach first"
+        )
 
     @property
     def is_trainable(self) -> bool:

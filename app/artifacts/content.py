@@ -1,0 +1,71 @@
+"""The response that carries a file's bytes, whole or in part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Header, Request
+from fastapi.responses import Response, StreamingResponse
+
+from app.artifacts.ranges import NotSatisfiable, parse_range
+from app.artifacts.schemas import Artifact
+from app.artifacts.service import content_headers, etag
+from app.errors import Code, Problem
+from app.etags import matches
+from app.storage import Storage
+
+
+@dataclass(frozen=True)
+class _Conditions:
+    """Which bytes the client wants, and which it has."""
+
+    method: str
+    range: str | None
+    if_range: str | None
+    if_none_match: str | None
+
+
+def _conditions(
+    request: Request,
+    range: Annotated[str | None, Header(description="One byte range; several are answered in full.")] = None,
+    if_range: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> _Conditions:
+    return _Conditions(request.method, range, if_range, if_none_match)
+
+
+Conditions = Annotated[_Conditions, Depends(_conditions)]
+
+
+def content(
+    storage: Storage, artifact: Artifact, object_key: str, conditions: _Conditions, *, inline: bool = False
+) -> Response:
+    """200, 206, 304 or 416, for GET and HEAD."""
+    headers = content_headers(artifact, inline=inline)
+    if matches(conditions.if_none_match, etag(artifact)):
+        return Response(status_code=304, headers=headers)
+    wanted = conditions.range
+    # HEAD has no ranges, and a part is of use only beside the rest of the same bytes.
+    if conditions.method != "GET" or conditions.if_range not in (None, etag(artifact)):
+        wanted = None
+    try:
+        part = parse_range(wanted, artifact.bytes)
+    except NotSatisfiable as error:
+        raise Problem(
+            Code.RANGE_NOT_SATISFIABLE,
+            "The file has no byte of this range.",
+            headers={"Content-Range": f"bytes */{artifact.bytes}"},
+        ) from error
+    start, end = part or (0, artifact.bytes)
+    headers["Content-Length"] = str(end - start)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{artifact.bytes}"
+    if conditions.method == "HEAD":
+        return Response(headers=headers, media_type=artifact.media_type)
+    return StreamingResponse(
+        storage.read(object_key, start, end),
+        status_code=200 if part is None else 206,
+        headers=headers,
+        media_type=artifact.media_type,
+    )

@@ -1,0 +1,37 @@
+"""Statements over artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.artifacts.models import Artifact
+from app.jobs.models import Step
+
+
+def get_artifact(session: Session, artifact_id: str) -> Artifact | None:
+    return session.get(Artifact, artifact_id)
+
+
+def files_of_job(session: Session, job_id: str, *steps: str) -> dict[str, Artifact]:
+    """Committed files that these steps of a job made, by file name."""
+    statement = (
+        select(Artifact)
+        .join(Step, Step.id == Artifact.step_id)
+        .where(Artifact.job_id == job_id, Step.name.in_(steps))
+        .order_by(Step.stage, Artifact.filename)
+    )
+    return {artifact.filename: artifact for artifact in session.execute(statement).scalars()}
+
+
+def by_ids(session: Session, artifact_ids: Iterable[str]) -> dict[str, Artifact]:
+    statement = select(Artifact).where(Artifact.id.in_(list(artifact_ids)))
+    return {artifact.id: artifact for artifact in session.execute(statement).scalars()}
+
+
+def known_keys(session: Session, keys: Iterable[str]) -> set[str]:
+    """Which of these object keys belong to a row."""
+    statement = select(Artifact.object_key).where(Artifact.object_key.in_(list(keys)))
+    return set(session.execute(statement).scalars())

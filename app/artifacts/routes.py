@@ -1,0 +1,54 @@
+"""Routes of artifacts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path
+from fastapi.responses import Response
+
+from app.artifacts import service
+from app.artifacts.content import Conditions, content
+from app.artifacts.schemas import Artifact
+from app.dependencies import Db, Store
+from app.errors import Code, documented
+from app.ids import id_pattern
+
+router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
+ArtifactId = Annotated[str, Path(pattern=id_pattern("art"))]
+
+_BYTES: dict[str, Any] = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
+_CONTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The whole file.", "content": _BYTES},
+    206: {"description": "The range that was asked for.", "content": _BYTES},
+    304: {"description": "Not modified: files never are."},
+    **documented(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE),
+}
+
+
+@router.get("/{artifact_id}", operation_id="artifacts.get", responses=documented(Code.NOT_FOUND))
+async def get(artifact_id: ArtifactId, db: Db) -> Artifact:
+    return await db.read(service.get, artifact_id=artifact_id)
+
+
+@router.get(
+    "/{artifact_id}/content",
+    operation_id="artifacts.content",
+    response_class=Response,
+    responses=_CONTENT_RESPONSES,
+)
+async def get_content(artifact_id: ArtifactId, db: Db, store: Store, conditions: Conditions) -> Response:
+    """The bytes. `Repr-Digest` and the strong ETag are of the whole file, whatever part is sent."""
+    artifact, object_key = await db.read(service.locate, artifact_id=artifact_id)
+    return content(store, artifact, object_key, conditions)
+
+
+@router.head(
+    "/{artifact_id}/content",
+    operation_id="artifacts.head_content",
+    response_class=Response,
+    responses={200: {"description": "The headers of the file."}, **documented(Code.NOT_FOUND)},
+)
+async def head_content(artifact_id: ArtifactId, db: Db, store: Store, conditions: Conditions) -> Response:
+    """The headers alone: size, digest, type."""
+    return await get_content(artifact_id, db, store, conditions)

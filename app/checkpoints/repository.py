@@ -1,0 +1,34 @@
+"""Statements over checkpoints."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.artifacts.models import Artifact
+from app.checkpoints.models import Checkpoint, CheckpointFile
+from app.pagination import Cursor, cut
+
+
+def get_checkpoint(session: Session, checkpoint_id: str) -> Checkpoint | None:
+    return session.get(Checkpoint, checkpoint_id)
+
+
+def list_checkpoints(
+    session: Session, cursor: Cursor, *, profile_id: str | None = None
+) -> tuple[list[Checkpoint], bool]:
+    statement = select(Checkpoint)
+    if profile_id is not None:
+        statement = statement.where(Checkpoint.profile_id == profile_id)
+    return cut(session, statement, Checkpoint.id, cursor)
+
+
+def manifest(session: Session, checkpoint_id: str) -> list[Artifact]:
+    """Files of a checkpoint by name."""
+    statement = (
+        select(Artifact)
+        .join(CheckpointFile, CheckpointFile.artifact_id == Artifact.id)
+        .where(CheckpointFile.checkpoint_id == checkpoint_id)
+        .order_by(CheckpointFile.filename)
+    )
+    return list(session.execute(statement).scalars())

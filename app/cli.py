@@ -1,0 +1,241 @@
+"""`orthokv serve` and `orthokv jobs ...`. Exit codes: 0 done, 1 failed, 2 bad input, 3 budget unreachable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from app.client import Client, DigestMismatch, Refused, Unreachable
+from app.watch import show, summary
+
+FAILED, BAD_INPUT, BUDGET_UNREACHABLE = 1, 2, 3
+
+jobs = typer.Typer(help="Submit and follow jobs of a running service.", no_args_is_help=True)
+
+Url = Annotated[str, typer.Option(envvar="ORTHOKV_URL", help="The service.")]
+JobId = Annotated[str, typer.Argument(metavar="ID")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+class Method(StrEnum):
+    stiefel = "stiefel"
+    eigen = "eigen"
+    weighted = "weighted"
+    oblique = "oblique"
+
+
+class Sharing(StrEnum):
+    head = "head"
+    tied = "tied"
+    joint = "joint"
+
+
+class KeyMode(StrEnum):
+    pre = "pre"
+    post = "post"
+
+
+class Parameterisation(StrEnum):
+    direct = "direct"
+    predictor = "predictor"
+
+
+class Form(StrEnum):
+    adapter = "adapter"
+    full = "full"
+
+
+def _stop(message: str, code: int) -> typer.Exit:
+    typer.echo(f"orthokv: {message}", err=True)
+    return typer.Exit(code)
+
+
+@contextmanager
+def _connected(url: str) -> Iterator[Client]:
+    """A client whose failures become one line and an exit code."""
+    try:
+        with Client(url) as client:
+            yield client
+    except Refused as error:
+        raise _stop(str(error), BAD_INPUT if error.status < 500 else FAILED) from error
+    except (Unreachable, DigestMismatch, OSError) as error:
+        raise _stop(str(error), FAILED) from error
+
+
+def serve(
+    data: Annotated[Path, typer.Option(help="Folder of the database and of all files.")] = Path(
+        "orthokv-data"
+    ),
+    host: Annotated[str, typer.Option(help="A loopback address.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    worker: Annotated[bool, typer.Option(help="Run jobs, too.")] = True,
+) -> None:
+    """Run the service on this machine: API, worker, database and files, no other server needed."""
+    from app import embedded  # not for `orthokv jobs`, which is to start fast
+    from app.settings import Settings
+
+    if not embedded.is_loopback(host):
+        raise _stop(f"{host} is not a loopback address, and this server asks nobody who they are", BAD_INPUT)
+    try:
+        settings = Settings(data_dir=data, allow_local_models=True)
+        embedded.run(
+            settings,
+            host=host,
+            port=port,
+            worker=worker,
+            announce=lambda url: typer.echo(f"OrthoKV listening on {url}"),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _stop(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}", BAD_INPUT) from error
+    except (embedded.FolderInUse, OSError) as error:
+        raise _stop(str(error), BAD_INPUT) from error
+
+
+@jobs.command()
+def submit(
+    model: Annotated[str, typer.Option(help="A local folder or a hub id.")],
+    dataset: Annotated[str, typer.Option(help="A file, or `self`.")],
+    kept: Annotated[float | None, typer.Option(help="Budget: share of cache bytes to keep.")] = None,
+    layer_error: Annotated[float | None, typer.Option(help="Budget: error of the worst layer.")] = None,
+    perplexity_increase: Annotated[float | None, typer.Option(help="Budget: relative increase.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
+    method: Method = Method.stiefel,
+    sharing: Sharing = Sharing.joint,
+    key_mode: KeyMode = KeyMode.pre,
+    parameterisation: Parameterisation = Parameterisation.direct,
+    steps: Annotated[int | None, typer.Option(help="Optimisation steps per layer.")] = None,
+    num_samples: int = 64,
+    sequence_length: int = 1024,
+    field: Annotated[str, typer.Option(help="Where a JSONL or Parquet row has its text.")] = "text",
+    dataset_format: Annotated[
+        str | None, typer.Option("--format", help="jsonl, text or parquet; by default from the file's name.")
+    ] = None,
+    form: Form = Form.adapter,
+    seed: int = 0,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Send a job; prints its id."""
+    budgets = {"kept": kept, "layer_error": layer_error, "perplexity_increase": perplexity_increase}
+    given = [(metric, value) for metric, value in budgets.items() if value is not None]
+    if len(given) != 1:
+        raise _stop("give exactly one of --kept, --layer-error, --perplexity-increase", BAD_INPUT)
+    if dataset != "self" and not Path(dataset).is_file():
+        raise _stop(f"{dataset} is not a file", BAD_INPUT)
+    body: dict[str, Any] = {
+        "model": {"id": _model_id(model), "revision": revision},
+        "budget": {"metric": given[0][0], "value": given[0][1]},
+        "method": {
+            "type": method,
+            "sharing": sharing,
+            "key_mode": key_mode,
+            "parameterisation": parameterisation,
+            "steps": steps,
+        },
+        "form": form,
+        "seed": seed,
+    }
+    with _connected(url) as client:
+        origin = (
+            {"source": "self"}
+            if dataset == "self"
+            else {"id": client.upload(Path(dataset), kind=dataset_format)}
+        )
+        amount = {"num_samples": num_samples, "sequence_length": sequence_length, "field": field}
+        job = client.call("POST", "/v1/jobs", json={**body, "dataset": {**origin, **amount}})
+        typer.echo(job["id"])
+        if wait:
+            _follow(client, job["id"])
+
+
+@jobs.command()
+def watch(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Follow a job to its end."""
+    with _connected(url) as client:
+        _follow(client, job_id)
+
+
+@jobs.command("list")
+def list_jobs(
+    status: Annotated[str | None, typer.Option(help="Only jobs of this status.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only jobs of this model id.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """List jobs, newest first."""
+    wanted = {"status": status, "model": model, "limit": limit}
+    query = {name: value for name, value in wanted.items() if value is not None}
+    with _connected(url) as client:
+        for job in client.call("GET", "/v1/jobs", params=query)["data"]:
+            budget = job["spec"]["budget"]
+            asked = f"{budget['metric']}={budget['value']:g}"
+            typer.echo(f"{job['id']}  {job['status']:<10}  {job['phase']:<12}  {asked}")
+
+
+@jobs.command()
+def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+    """Ask for the end of a job."""
+    with _connected(url) as client:
+        typer.echo(client.call("POST", f"/v1/jobs/{job_id}/cancel")["status"])
+
+
+@jobs.command()
+def download(
+    job_id: JobId,
+    out: Annotated[Path | None, typer.Option(help="Folder for the checkpoint.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Folder for the profile's files.")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Fetch the checkpoint of a job, its profile, or both. Broken downloads resume; every file is checked."""
+    if out is None and profile is None:
+        raise _stop("say where to: --out DIR, --profile DIR, or both", BAD_INPUT)
+    with _connected(url) as client:
+        result = client.call("GET", f"/v1/jobs/{job_id}")["result"] or {}
+        if out is not None:
+            found = _made(result, "checkpoint", job_id)
+            _download(client, client.call("GET", f"/v1/checkpoints/{found}/files")["data"], out)
+        if profile is not None:
+            found = _made(result, "profile", job_id)
+            files = client.call("GET", f"/v1/profiles/{found}")["files"]
+            _download(client, list(files.values()), profile)
+
+
+def _follow(client: Client, job_id: str) -> None:
+    job = show(client.follow(job_id), Console())
+    ok = job["status"] == "succeeded"
+    for line in summary(job):
+        typer.echo(line, err=not ok)
+    if not ok:
+        error = job["error"] or {}
+        raise typer.Exit(BUDGET_UNREACHABLE if error.get("code") == "budget_unreachable" else FAILED)
+
+
+def _download(client: Client, artifacts: list[dict[str, Any]], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for artifact in artifacts:
+        typer.echo(str(client.download(artifact, folder)))
+
+
+def _made(result: dict[str, Any], what: str, job_id: str) -> str:
+    found: str | None = result.get(f"{what}_id")
+    if found is None:
+        raise _stop(f"{job_id} has made no {what}", BAD_INPUT)
+    return found
+
+
+def _model_id(model: str) -> str:
+    """A folder as the service has to see it, or a hub id as it is."""
+    path = Path(model)
+    if path.is_dir():
+        return str(path.resolve())
+    if path.is_absolute() or model.startswith("."):
+        raise _stop(f"{model} is not a folder", BAD_INPUT)
+    return model

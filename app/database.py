@@ -1,0 +1,214 @@
+"""Engines, transactions, column types and the one clock, for SQLite and Postgres.
+
+Statements and domain functions are written once, against a synchronous `Session`: the worker calls them
+directly, the API through `AsyncSession.run_sync`. Nothing inside commits; `read` and `write` here are the
+boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy import (
+    JSON,
+    DateTime,
+    Dialect,
+    Engine,
+    Float,
+    MetaData,
+    String,
+    create_engine,
+    event,
+    literal,
+    select,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy.types import TypeDecorator
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SQLITE_BUSY_MILLISECONDS = 30_000
+_SQLITE_TIME = "%Y-%m-%d %H:%M:%S.%f"
+
+
+class Base(DeclarativeBase):
+    """Base of every model. The naming convention lets a migration name a constraint it has to change."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+# Byte order, whatever the server's locale: pages are cut by comparing ids.
+Id = String(40).with_variant(String(40, collation="C"), "postgresql")
+Json = JSON(none_as_null=True).with_variant(JSONB(none_as_null=True), "postgresql")
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware UTC time.
+
+    SQLite keeps the text that `strftime` gives, so columns compare with the clock as text.
+    """
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        if dialect.name == "sqlite":
+            return dialect.type_descriptor(String(23))
+        return dialect.type_descriptor(DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
+        if value is None or dialect.name != "sqlite":
+            return value
+        return value.astimezone(UTC).strftime(_SQLITE_TIME)[:-3]
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if dialect.name == "sqlite":
+            return datetime.strptime(value, _SQLITE_TIME).replace(tzinfo=UTC)
+        moment: datetime = value
+        return moment.astimezone(UTC)
+
+
+class now(FunctionElement[datetime]):
+    """The database's clock, plus seconds. The only clock that leases and ordering may use."""
+
+    type = UtcDateTime()
+    inherit_cache = True
+
+    def __init__(self, plus_seconds: float = 0.0) -> None:
+        super().__init__(literal(plus_seconds, Float))
+
+
+@compiles(now, "postgresql")
+def _now_postgres(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    # now() and CURRENT_TIMESTAMP stand still within a transaction; a lease must not.
+    return f"(clock_timestamp() + {compiler.process(element.clauses, **kw)} * interval '1 second')"
+
+
+@compiles(now, "sqlite")
+def _now_sqlite(element: now, compiler: SQLCompiler, **kw: Any) -> str:
+    # unixepoch('subsec') is NULL before SQLite 3.42, and a NULL clock never expires a lease; strftime is as
+    # old as SQLite.
+    seconds = compiler.process(element.clauses, **kw)
+    return f"strftime('%Y-%m-%d %H:%M:%f', 'now', printf('%+.3f seconds', {seconds}))"
+
+
+def clock(session: Session) -> datetime:
+    """The database's time, read once so that all times of one change agree."""
+    return session.execute(select(now())).scalar_one()
+
+
+def _driver_url(url: str, *, sqlite_driver: str) -> URL:
+    parsed = make_url(url)
+    backend = parsed.get_backend_name()
+    if backend == "sqlite":
+        return parsed.set(drivername=f"sqlite+{sqlite_driver}")
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    raise ValueError(f"database {backend!r} is not supported: use sqlite or postgresql")
+
+
+def _prepare(engine: Engine) -> None:
+    """Connection settings.
+
+    On SQLite transactions begin by our own statement, so that writers take the lock first.
+    """
+    if engine.dialect.name != "sqlite":
+        return
+
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _record: ConnectionPoolEntry) -> None:
+        connection.isolation_level = None  # the driver must not begin transactions behind our back
+        cursor = connection.cursor()
+        for pragma in (
+            "journal_mode=WAL",
+            "foreign_keys=ON",
+            "synchronous=FULL",  # an acknowledged job survives a power cut
+            f"busy_timeout={SQLITE_BUSY_MILLISECONDS}",
+        ):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        # A deferred transaction that turns writer fails at once when another wrote meanwhile, whatever
+        # busy_timeout says.
+        connection.exec_driver_sql(
+            f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'IMMEDIATE')}"
+        )
+
+
+_READ = {"sqlite_begin": "DEFERRED"}
+_WRITE = {"sqlite_begin": "IMMEDIATE"}
+
+
+class Database:
+    """Transactions of the API: each call is one transaction in its own session, committed at the end."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = create_async_engine(_driver_url(url, sqlite_driver="aiosqlite"), pool_pre_ping=True)
+        _prepare(self._engine.sync_engine)
+
+    async def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:
+        async with AsyncSession(self._engine, expire_on_commit=False) as session, session.begin():
+            await session.connection(execution_options=options)
+            return await session.run_sync(call)
+
+    async def read(
+        self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        return await self._run(_READ, lambda session: function(session, *args, **kwargs))
+
+    async def write(
+        self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        return await self._run(_WRITE, lambda session: function(session, *args, **kwargs))
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+
+class SyncDatabase:
+    """Transactions of a worker.
+
+    The same functions, without an event loop. Safe to use from several threads.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.engine = create_engine(_driver_url(url, sqlite_driver="pysqlite"), pool_pre_ping=True)
+        _prepare(self.engine)
+
+    def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            session.connection(execution_options=options)
+            return call(session)
+
+    def read(self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._run(_READ, lambda session: function(session, *args, **kwargs))
+
+    def write(
+        self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        return self._run(_WRITE, lambda session: function(session, *args, **kwargs))
+
+    def close(self) -> None:
+        self.engine.dispose()

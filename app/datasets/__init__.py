@@ -1,0 +1,1 @@
+"""Calibration datasets: uploaded once, then immutable."""

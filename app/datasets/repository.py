@@ -1,0 +1,30 @@
+"""Statements over datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.datasets.models import Dataset
+from app.pagination import Cursor, cut
+
+
+def get_dataset(session: Session, dataset_id: str) -> Dataset | None:
+    return session.get(Dataset, dataset_id)
+
+
+def lock_dataset(session: Session, dataset_id: str) -> Dataset | None:
+    statement = select(Dataset).where(Dataset.id == dataset_id).with_for_update()
+    return session.execute(statement).scalar_one_or_none()
+
+
+def list_datasets(session: Session, cursor: Cursor) -> tuple[list[Dataset], bool]:
+    return cut(session, select(Dataset), Dataset.id, cursor)
+
+
+def known_keys(session: Session, keys: Iterable[str]) -> set[str]:
+    """Which of these object keys belong to a dataset."""
+    statement = select(Dataset.object_key).where(Dataset.object_key.in_(list(keys)))
+    return {key for key in session.execute(statement).scalars() if key is not None}

@@ -1,0 +1,84 @@
+"""Routes of datasets."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import JSONResponse
+
+from app.datasets import service
+from app.datasets.schemas import Dataset, DatasetComplete, DatasetCreate
+from app.dependencies import Config, Db, PageCursor, Store
+from app.errors import Code, documented
+from app.idempotency.dependency import CREATION_CODES, Once
+from app.ids import id_pattern
+from app.pagination import Page
+from app.routing import BoundedRoute
+
+router = APIRouter(prefix="/v1/datasets", tags=["datasets"], route_class=BoundedRoute)
+# The one large body; the service counts its bytes as they arrive.
+upload_router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+DatasetId = Annotated[str, Path(pattern=id_pattern("ds"))]
+
+_RAW_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model=Dataset,
+    operation_id="datasets.create",
+    responses=documented(*CREATION_CODES),
+)
+async def create(body: DatasetCreate, once: Once, settings: Config) -> JSONResponse:
+    """Announce a dataset; the answer says where to PUT the bytes."""
+    return await once.run(
+        body,
+        lambda session: service.create(session, body=body, settings=settings),
+        status_code=201,
+        collection="/v1/datasets",
+    )
+
+
+@router.get("", operation_id="datasets.list", responses=documented(Code.INVALID_CURSOR))
+async def list_page(db: Db, cursor: PageCursor, settings: Config) -> Page[Dataset]:
+    return await db.read(service.list_page, cursor=cursor, settings=settings)
+
+
+@router.get("/{dataset_id}", operation_id="datasets.get", responses=documented(Code.NOT_FOUND))
+async def get(dataset_id: DatasetId, db: Db, settings: Config) -> Dataset:
+    return await db.read(service.get, dataset_id=dataset_id, settings=settings)
+
+
+@upload_router.put(
+    "/{dataset_id}/content",
+    operation_id="datasets.upload",
+    openapi_extra=_RAW_BODY,
+    responses=documented(
+        Code.BAD_REQUEST,
+        Code.FOREIGN_ORIGIN,
+        Code.NOT_FOUND,
+        Code.CONFLICT,
+        Code.BODY_TOO_LARGE,
+        Code.STORAGE_ERROR,
+    ),
+)
+async def upload(dataset_id: DatasetId, request: Request, db: Db, store: Store, settings: Config) -> Dataset:
+    """Send the raw bytes. Nothing is parsed here; a repeated upload replaces the one before."""
+    return await service.upload(db, store, dataset_id=dataset_id, chunks=request.stream(), settings=settings)
+
+
+@router.post(
+    "/{dataset_id}/complete",
+    operation_id="datasets.complete",
+    responses=documented(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT, Code.DIGEST_MISMATCH),
+)
+async def complete(dataset_id: DatasetId, body: DatasetComplete, db: Db, settings: Config) -> Dataset:
+    """Confirm the upload by its SHA-256; the dataset is immutable from here on."""
+    return await db.write(service.complete, dataset_id=dataset_id, body=body, settings=settings)

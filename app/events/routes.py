@@ -1,0 +1,81 @@
+"""Route of a job's events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.sse import EventSourceResponse
+
+from app.dependencies import Config, Db
+from app.errors import Code, Problem, documented
+from app.events import service
+from app.events.schemas import EventPage
+from app.jobs.routes import JobId
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+
+class StreamSlots:
+    """How many event streams this process has open, and may have."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+
+    async def use(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        self._free -= 1
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            self._free += 1
+
+    def require_free(self) -> None:
+        if self._free <= 0:
+            raise Problem(
+                Code.UNAVAILABLE,
+                "Too many event streams are open; poll instead.",
+                headers={"Retry-After": "30"},
+            )
+
+
+@router.get(
+    "/{job_id}/events",
+    operation_id="jobs.events",
+    response_model=EventPage,
+    responses={
+        200: {
+            "description": "A page of events, or with `Accept: text/event-stream` all events as they come.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        204: {"description": "The stream has ended: the job is over and all its events have been seen."},
+        **documented(Code.NOT_FOUND),
+    },
+)
+async def events(
+    request: Request,
+    job_id: JobId,
+    db: Db,
+    settings: Config,
+    after: Annotated[int, Query(ge=0, description="The number of the last event seen.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    accept: Annotated[str, Header()] = "application/json",
+    last_event_id: Annotated[
+        int | None, Header(ge=0, description="As `after`, which it overrides; browsers send it.")
+    ] = None,
+) -> EventPage | Response:
+    """What happened to a job, in order and without gaps."""
+    if last_event_id is not None:
+        after = last_event_id
+    if "text/event-stream" not in accept.lower():
+        return await db.read(service.page, job_id=job_id, after=after, limit=limit)
+    slots: StreamSlots = request.app.state.streams
+    slots.require_free()
+    first = await db.read(service.next_batch, job_id=job_id, after=after)
+    if first.last and not first.events:
+        return Response(status_code=204)  # tells an EventSource not to come back
+    chunks = service.stream(db, job_id=job_id, first=first, after=after, poll_seconds=settings.poll_seconds)
+    return EventSourceResponse(
+        slots.use(chunks), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    )

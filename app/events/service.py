@@ -1,0 +1,74 @@
+"""Reading a job's events, as a page or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from sqlalchemy.orm import Session
+
+from app.database import Database
+from app.errors import not_found
+from app.events import repository
+from app.events.schemas import Event, EventPage
+from app.jobs.repository import get_version
+from app.jobs.vocabulary import TERMINAL
+
+_BATCH = 100
+_RETRY_MILLISECONDS = 5_000
+_KEEPALIVE_SECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Events after some number; `last` when the job has ended and these are the rest."""
+
+    events: list[Event]
+    last: bool
+
+
+def page(session: Session, *, job_id: str, after: int, limit: int) -> EventPage:
+    batch = next_batch(session, job_id=job_id, after=after, limit=limit + 1)
+    data = batch.events[:limit]
+    return EventPage(data=data, last_seq=data[-1].seq if data else after, has_more=len(batch.events) > limit)
+
+
+def next_batch(session: Session, *, job_id: str, after: int, limit: int = _BATCH) -> Batch:
+    version = get_version(session, job_id)
+    if version is None:
+        raise not_found("job")
+    events = [
+        Event.model_validate(row)
+        for row in repository.events_after(session, job_id, after=after, limit=limit)
+    ]
+    return Batch(events, last=version[1] in TERMINAL and len(events) < limit)
+
+
+async def stream(
+    database: Database, *, job_id: str, first: Batch, after: int, poll_seconds: float
+) -> AsyncIterator[bytes]:
+    """Events in the wire format of server-sent events, until the job has ended.
+
+    Every look at the database is a transaction of its own: a waiting stream holds no connection.
+    """
+    batch, spoke_at = first, time.monotonic()
+    while True:
+        for event in batch.events:
+            after = event.seq
+            spoke_at = time.monotonic()
+            data = json.dumps(event.model_dump(mode="json"), separators=(",", ":"))
+            yield format_sse_event(
+                data_str=data, event=event.type, id=str(event.seq), retry=_RETRY_MILLISECONDS
+            )
+        if batch.last:
+            return
+        if time.monotonic() - spoke_at > _KEEPALIVE_SECONDS:
+            spoke_at = time.monotonic()
+            yield KEEPALIVE_COMMENT
+        if len(batch.events) < _BATCH:
+            await asyncio.sleep(poll_seconds)
+        batch = await database.read(next_batch, job_id=job_id, after=after)

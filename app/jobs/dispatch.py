@@ -1,0 +1,66 @@
+"""Hints.
+
+"there may be work". They only wake; the database decides, so a lost hint costs one poll interval.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from pathlib import Path
+from typing import Protocol
+
+
+class Dispatcher(Protocol):
+    """Where hints go. The claim does not depend on them."""
+
+    def hint(self) -> None:
+        """Wake a worker if one is listening. Never raises, never blocks."""
+
+
+class LocalDispatcher:
+    """Wakes the worker of the same data folder through a named pipe: no broker, and it outlives both."""
+
+    def __init__(self, wake_file: Path) -> None:
+        self._wake_file = wake_file
+
+    def hint(self) -> None:
+        try:
+            descriptor = os.open(self._wake_file, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return  # no pipe yet, or nobody reads: a worker that starts later looks at the database first
+        try:
+            # Full of hints already, or the reader has just left: either way there is nothing to add.
+            with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                os.write(descriptor, b"\n")
+        finally:
+            os.close(descriptor)
+
+
+class WakeListener:
+    """The worker's end of the pipe."""
+
+    def __init__(self, wake_file: Path) -> None:
+        wake_file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(wake_file, 0o600)
+        # Opened for writing too: a pipe whose last writer left is "readable" for ever.
+        self._descriptor = os.open(wake_file, os.O_RDWR | os.O_NONBLOCK)
+
+    def wait(self, seconds: float) -> bool:
+        """Sleep until a hint or the timeout; True for a hint. All hints so far count as one."""
+        readable, _, _ = select.select([self._descriptor], [], [], seconds)
+        if not readable:
+            return False
+        with contextlib.suppress(BlockingIOError):  # another worker of the folder took the same hint
+            os.read(self._descriptor, 65536)
+        return True
+
+    def wake(self) -> None:
+        """End a `wait` of another thread, or the next one."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._descriptor, b"\n")
+
+    def close(self) -> None:
+        os.close(self._descriptor)

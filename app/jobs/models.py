@@ -1,0 +1,120 @@
+"""Tables of jobs, of their steps and of committed layers."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, String, UniqueConstraint, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.database import Base, Id, Json, UtcDateTime, now
+from app.jobs.vocabulary import JobStatus, StepStatus
+
+
+def _closed(column: str, values: type[JobStatus] | type[StepStatus]) -> CheckConstraint:
+    listed = ", ".join(f"'{value}'" for value in values)
+    return CheckConstraint(f"{column} IN ({listed})", name=f"{column}_closed")
+
+
+class Job(Base):
+    """A client's request and what became of it.
+
+    `version` rises with every visible change (the ETag), `event_seq` with every event. Both change only in
+    the functions of `states.py`, under this row's lock.
+    """
+
+    __tablename__ = "job"
+    __table_args__ = (
+        _closed("status", JobStatus),
+        Index(None, "status", "id"),
+        Index(None, "model_id", "id"),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16))
+    status: Mapped[str] = mapped_column(String(16))
+    phase: Mapped[str] = mapped_column(String(64))
+    version: Mapped[int] = mapped_column(Integer, default=1)
+    event_seq: Mapped[int] = mapped_column(Integer, default=0)
+    attempt: Mapped[int] = mapped_column(Integer, default=1)
+    priority: Mapped[int] = mapped_column(Integer, default=0)
+    model_id: Mapped[str] = mapped_column(String(1024))
+    dataset_id: Mapped[str | None] = mapped_column(ForeignKey("dataset.id"))
+    profile_id: Mapped[str | None] = mapped_column(ForeignKey("profile.id", use_alter=True))
+    """The profile that a job of kind "checkpoint" starts from."""
+    spec: Mapped[dict[str, Any]] = mapped_column(Json)
+    labels: Mapped[dict[str, str]] = mapped_column("metadata", Json)
+    progress: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    resolved: Mapped[dict[str, Any]] = mapped_column(Json)
+    result: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    error: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class Step(Base):
+    """One unit of work of a job: what a worker claims, under a lease and a fence.
+
+    Steps of one `stage` are independent of each other; a stage begins when the one before it has succeeded.
+    `attempts` numbers the claims, `failures` counts those lost since the last committed layer.
+    """
+
+    __tablename__ = "step"
+    __table_args__ = (
+        _closed("status", StepStatus),
+        UniqueConstraint("job_id", "stage", "ordinal"),
+        # The claim walks exactly this order, over ready steps only.
+        Index(
+            "ix_step_ready",
+            "precedence",
+            "job_id",
+            "stage",
+            "ordinal",
+            postgresql_where=text("status = 'ready'"),
+            sqlite_where=text("status = 'ready'"),
+        ),
+        Index(
+            "ix_step_lease",
+            "lease_expires_at",
+            postgresql_where=text("status = 'running'"),
+            sqlite_where=text("status = 'running'"),
+        ),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id"))
+    name: Mapped[str] = mapped_column(String(32))
+    stage: Mapped[int] = mapped_column(Integer)
+    ordinal: Mapped[int] = mapped_column(Integer, default=0)
+    layers: Mapped[list[int] | None] = mapped_column(Json)
+    status: Mapped[str] = mapped_column(String(16))
+    precedence: Mapped[int] = mapped_column(Integer)
+    """Smaller goes first: the job's priority, negated so that one ascending index serves the claim."""
+    fence: Mapped[int] = mapped_column(Integer, default=0)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    failures: Mapped[int] = mapped_column(Integer, default=0)
+    lease_owner: Mapped[str | None] = mapped_column(String(255))
+    lease_expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    not_before: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+    error: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class Layer(Base):
+    """A fitted layer that is safe. The unique constraint is the second lock behind the fence."""
+
+    __tablename__ = "layer"
+    __table_args__ = (UniqueConstraint("job_id", "layer"),)
+
+    artifact_id: Mapped[str] = mapped_column(ForeignKey("artifact.id"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id"))
+    step_id: Mapped[str] = mapped_column(ForeignKey("step.id"))
+    layer: Mapped[int] = mapped_column(Integer)
+    fence: Mapped[int] = mapped_column(Integer)
+    attempt: Mapped[int] = mapped_column(Integer)
+    metrics: Mapped[dict[str, Any]] = mapped_column(Json)
+    committed_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())

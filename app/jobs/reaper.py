@@ -1,0 +1,161 @@
+"""The reaper.
+
+Puts right what crashes leave behind. Any number may run; each repair checks again under the job's lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+
+import structlog
+from sqlalchemy.orm import Session
+
+from app.artifacts import repository as artifacts
+from app.database import SyncDatabase
+from app.datasets import repository as datasets
+from app.idempotency import repository as idempotency
+from app.jobs import repository
+from app.jobs.dispatch import Dispatcher
+from app.jobs.lease import WORKER_LOST, RetryPolicy, end_attempt, stop_others
+from app.jobs.states import transition
+from app.jobs.vocabulary import JobStatus
+from app.settings import Settings
+from app.storage import Storage
+
+_BATCH = 500
+
+log = structlog.get_logger(__name__)
+
+
+class Reaper:
+    """All sweeps in a thread of their own, for as long as the process serves."""
+
+    def __init__(
+        self, database: SyncDatabase, storage: Storage, dispatcher: Dispatcher, settings: Settings
+    ) -> None:
+        self._database = database
+        self._storage = storage
+        self._dispatcher = dispatcher
+        self._settings = settings
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="reaper", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def sweep(self) -> None:
+        """Every repair but the orphans', once."""
+        settings = self._settings
+        policy = RetryPolicy(settings.max_failures, settings.retry_backoff_seconds)
+        done = {
+            "attempts_lost": self._database.write(return_lost, policy),
+            "cancels_forced": self._database.write(
+                end_stuck_cancels, grace_seconds=settings.cancel_grace_seconds
+            ),
+            "keys_expired": self._database.write(forget_idempotency_keys),
+            "hints_resent": self._database.read(
+                resend_hints, self._dispatcher, after_seconds=settings.hint_after_seconds
+            ),
+        }
+        if any(done.values()):
+            log.info("reaper.swept", **done)
+
+    def sweep_orphans(self) -> None:
+        age = timedelta(hours=self._settings.orphan_hours)
+        if deleted := sweep_orphans(self._database, self._storage, age=age):
+            log.info("reaper.orphans_deleted", count=deleted)
+
+    def _run(self) -> None:
+        next_orphans = time.monotonic()
+        while not self._stop.is_set():
+            try:
+                self.sweep()
+                if time.monotonic() >= next_orphans:
+                    next_orphans = time.monotonic() + self._settings.orphan_sweep_seconds
+                    self.sweep_orphans()
+            except Exception:  # the next round tries again; a dead reaper would strand every lost lease
+                log.exception("reaper.failed")
+            self._stop.wait(self._settings.reaper_seconds)
+
+
+def return_lost(session: Session, policy: RetryPolicy, *, owner: str | None = None) -> int:
+    """End attempts whose lease ran out, or all attempts of a worker that is known to be dead.
+
+    Returns how many.
+    """
+    count = 0
+    for job_id, step_id, fence in repository.lost_steps(session, owner=owner):
+        job = repository.lock_job(session, job_id)
+        step = repository.lock_step(session, step_id=step_id, fence=fence, overdue=owner is None)
+        if job is None or step is None:
+            continue  # a late heartbeat extended the lease, or another reaper was here first
+        end_attempt(session, job, step, WORKER_LOST, policy)
+        count += 1
+    return count
+
+
+def end_stuck_cancels(session: Session, *, grace_seconds: float) -> int:
+    """Cancel jobs whose worker never acknowledged.
+
+    Its fence is raised, so it cannot write when it wakes up.
+    """
+    count = 0
+    for job_id in repository.stuck_cancels(session, grace_seconds=grace_seconds):
+        job = repository.lock_job(session, job_id)
+        if job is None or job.status != JobStatus.CANCELLING:
+            continue
+        stop_others(session, job)
+        transition(session, job, JobStatus.CANCELLED, event="job.cancelled", data={"forced": True})
+        count += 1
+    return count
+
+
+def resend_hints(session: Session, dispatcher: Dispatcher, *, after_seconds: float) -> int:
+    """Wake workers when ready steps have waited for too long."""
+    waiting = repository.count_waiting(session, older_than_seconds=after_seconds)
+    if waiting:
+        dispatcher.hint()
+    return waiting
+
+
+def forget_idempotency_keys(session: Session) -> int:
+    return idempotency.delete_expired(session)
+
+
+def sweep_orphans(database: SyncDatabase, storage: Storage, *, age: timedelta) -> int:
+    """Delete objects that no row refers to: what a worker uploaded and then could not commit.
+
+    An object younger than `age`, or under the fence of a running step, may still get its row.
+    """
+    live = database.read(repository.live_fences)
+    count = storage.delete_staging(age)
+    batch: list[str] = []
+
+    def flush() -> int:
+        known = database.read(artifacts.known_keys, batch) | database.read(datasets.known_keys, batch)
+        orphans = [key for key in batch if key not in known]
+        if orphans:
+            storage.delete(orphans)
+        batch.clear()
+        return len(orphans)
+
+    for prefix in ("jobs", "datasets"):
+        for key in storage.list_older(prefix, age):
+            if _fence_of(key) in live:
+                continue
+            batch.append(key)
+            if len(batch) == _BATCH:
+                count += flush()
+    return count + flush()
+
+
+def _fence_of(key: str) -> tuple[str, int] | None:
+    """(step, fence) of `jobs/JOB/STEP/FENCE/NAME`."""
+    parts = key.split("/")
+    return (parts[2], int(parts[3])) if parts[0] == "jobs" else None

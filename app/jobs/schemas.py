@@ -1,0 +1,210 @@
+"""Bodies of jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from app.ids import id_pattern
+from app.jobs.models import Job as JobRow
+from app.jobs.models import Step as StepRow
+from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobKind, JobStatus, StepStatus
+from app.schemas import Body, Budget, Form, Metadata, Resource
+
+
+class ModelRef(Body):
+    """A model of the hub, or a folder of the server's machine where the server allows that."""
+
+    id: Annotated[str, Field(min_length=1, max_length=1024, examples=["org/name"])]
+    revision: Annotated[str, Field(min_length=1, max_length=255)] | None = None
+
+
+class DatasetRef(Body):
+    """Which text to calibrate on, and how much of it."""
+
+    id: Annotated[str, Field(pattern=id_pattern("ds"))] | None = None
+    source: Literal["self"] | None = Field(None, description="`self`: the model samples its own text.")
+    field: Annotated[str, Field(min_length=1, max_length=128)] = "text"
+    num_samples: Annotated[int, Field(ge=1, le=65_536)] = 64
+    sequence_length: Annotated[int, Field(ge=2, le=131_072)] = 1024
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> DatasetRef:
+        if (self.id is None) == (self.source is None):
+            raise ValueError("give either id or source")
+        return self
+
+
+class Method(Body):
+    """How the bases are fitted."""
+
+    type: Literal["stiefel", "eigen", "weighted", "oblique"] = "stiefel"
+    sharing: Literal["head", "tied", "joint"] = "joint"
+    key_mode: Literal["pre", "post"] = "pre"
+    parameterisation: Literal["direct", "predictor"] = "direct"
+    steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
+        None, description="Optimisation steps per layer; absent: the method's own."
+    )
+
+
+class JobCreate(Body):
+    """A model, a dataset and an error budget."""
+
+    model: ModelRef
+    dataset: DatasetRef
+    budget: Budget
+    method: Method = Method()
+    form: Form = "adapter"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    metadata: Metadata = Field(default_factory=dict)
+    priority: Annotated[int, Field(ge=-100, le=100)] = 0
+
+
+class CheckpointSpec(Resource):
+    """What a job of kind `checkpoint` was asked for."""
+
+    profile_id: str
+    budget: Budget
+    form: Form
+
+
+class CompressSpec(Resource):
+    """What a job of kind `compress` was asked for."""
+
+    model: ModelRef
+    dataset: DatasetRef
+    budget: Budget
+    method: Method
+    form: Form
+    seed: int
+
+
+class JobProgress(Resource):
+    done: int
+    total: int
+    unit: str = Field(examples=["layer"])
+    fraction: float
+
+
+class JobError(Resource):
+    """Why a job failed. `best` is the closest that a budget out of reach can be met."""
+
+    code: JobErrorCode
+    message: str
+    retryable: bool
+    phase: str
+    layer: int | None
+    attempt: int
+    best: float | None
+
+
+class JobResult(Resource):
+    """What a job has made so far; the profile stays useful when a later step fails."""
+
+    profile_id: str | None = None
+    checkpoint_id: str | None = None
+    plan: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
+
+
+class Step(Resource):
+    """One unit of a job's work."""
+
+    name: str
+    layers: list[int] | None
+    status: StepStatus
+    attempts: int
+    failures: int
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class Links(Resource):
+    self: str
+    events: str
+    layers: str
+
+
+class Job(Resource):
+    """A request for a compressed cache and what became of it."""
+
+    object: Literal["job"] = "job"
+    id: str
+    kind: JobKind
+    status: JobStatus
+    phase: str = Field(description="An open vocabulary: tolerate phases you do not know.")
+    version: int = Field(description="Rises with every change; `?wait=&if_version=` waits for the next one.")
+    attempt: int
+    priority: int
+    progress: JobProgress | None
+    spec: CompressSpec | CheckpointSpec
+    resolved: dict[str, Any] = Field(description="What was really run: revision, digests, geometry.")
+    result: JobResult | None
+    error: JobError | None
+    steps: list[Step]
+    metadata: dict[str, str]
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested_at: datetime | None
+    links: Links
+
+    @property
+    def ended(self) -> bool:
+        return self.status in TERMINAL
+
+    @classmethod
+    def of(cls, row: JobRow, steps: Iterable[StepRow]) -> Job:
+        spec = CompressSpec if row.kind == JobKind.COMPRESS else CheckpointSpec
+        path = f"/v1/jobs/{row.id}"
+        return cls(
+            id=row.id,
+            kind=JobKind(row.kind),
+            status=JobStatus(row.status),
+            phase=row.phase,
+            version=row.version,
+            attempt=row.attempt,
+            priority=row.priority,
+            progress=_progress(row.progress),
+            spec=spec.model_validate(row.spec),
+            resolved=row.resolved,
+            result=None if row.result is None else JobResult.model_validate(row.result),
+            error=None if row.error is None else JobError.model_validate(row.error),
+            steps=[Step.model_validate(step) for step in steps],
+            metadata=row.labels,
+            created_at=row.created_at,
+            started_at=row.started_at,
+            finished_at=row.finished_at,
+            cancel_requested_at=row.cancel_requested_at,
+            links=Links(self=path, events=f"{path}/events", layers=f"{path}/layers"),
+        )
+
+
+class Layer(Resource):
+    """A fitted layer that is safe, whatever happens to the job."""
+
+    object: Literal["layer"] = "layer"
+    layer: int
+    artifact_id: str
+    bytes: int
+    sha256: str
+    metrics: dict[str, Any]
+    attempt: int
+    committed_at: datetime
+
+
+class LayerList(Resource):
+    """All committed layers of a job, in order."""
+
+    object: Literal["list"] = "list"
+    data: list[Layer]
+
+
+def _progress(value: dict[str, Any] | None) -> JobProgress | None:
+    if value is None:
+        return None
+    fraction = value["done"] / value["total"] if value["total"] else 0.0
+    return JobProgress(**value, fraction=min(1.0, fraction))

@@ -1,0 +1,197 @@
+"""What clients may do with jobs. Functions run in the caller's transaction; routes commit, then hint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.artifacts.repository import by_ids
+from app.datasets.service import require_ready
+from app.errors import Code, FieldProblem, Problem, not_found
+from app.ids import new_id
+from app.jobs import repository
+from app.jobs.lease import stop_others
+from app.jobs.models import Job as Row
+from app.jobs.schemas import Job, JobCreate, Layer, LayerList
+from app.jobs.states import record, transition
+from app.jobs.unfold import add_first_steps, first_step, reopen
+from app.jobs.vocabulary import JobKind, JobStatus
+from app.pagination import Cursor, Page, page
+
+# As the hub spells repositories. Anything else is a path, and paths are the server's own affair.
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+
+def create(session: Session, *, body: JobCreate, allow_local_models: bool) -> Job:
+    """Queue a job that compresses a model. The queued row is the whole promise; a hint only speeds it up."""
+    _check_model(body.model.id, allow_local_models=allow_local_models)
+    if body.dataset.id is not None:
+        require_ready(session, body.dataset.id)
+    spec = body.model_dump(mode="json", exclude={"metadata", "priority"})
+    return _queue(
+        session,
+        kind=JobKind.COMPRESS,
+        spec=spec,
+        model_id=body.model.id,
+        dataset_id=body.dataset.id,
+        labels=body.metadata,
+        priority=body.priority,
+    )
+
+
+def create_from_profile(
+    session: Session, *, profile_id: str, spec: dict[str, Any], labels: dict[str, str], origin_id: str
+) -> Job:
+    """Queue a job that makes another checkpoint of what the origin job has fitted."""
+    origin = repository.get_job(session, origin_id)
+    if origin is None:
+        raise not_found("job")
+    return _queue(
+        session,
+        kind=JobKind.CHECKPOINT,
+        spec=spec,
+        model_id=origin.model_id,
+        profile_id=profile_id,
+        resolved=origin.resolved,
+        labels=labels,
+        priority=origin.priority,
+    )
+
+
+def get(session: Session, *, job_id: str) -> Job:
+    row = repository.get_job(session, job_id)
+    if row is None:
+        raise not_found("job")
+    return _job(session, row)
+
+
+def get_version(session: Session, *, job_id: str) -> tuple[int, str]:
+    """Version and status, for those who wait."""
+    version = repository.get_version(session, job_id)
+    if version is None:
+        raise not_found("job")
+    return version
+
+
+def list_page(
+    session: Session,
+    *,
+    cursor: Cursor,
+    status: JobStatus | None,
+    model: str | None,
+    labels: Mapping[str, str],
+) -> Page[Job]:
+    rows, has_more = repository.list_jobs(session, cursor, status=status, model=model, labels=labels)
+    steps = repository.steps_of(session, [row.id for row in rows])
+    data = [Job.of(row, [step for step in steps if step.job_id == row.id]) for row in rows]
+    return page(data, has_more)
+
+
+def cancel(session: Session, *, job_id: str) -> tuple[Job, bool]:
+    """Ask for the end of a job; True when it still has to come. Asking again changes nothing."""
+    row = _lock(session, job_id)
+    if row.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
+        raise Problem(Code.CONFLICT, f"The job has already {row.status}.")
+    if row.status in (JobStatus.QUEUED, JobStatus.RUNNING):
+        stop_others(session, row, running=False)
+        if repository.count_running(session, row.id):
+            transition(session, row, JobStatus.CANCELLING, event="job.cancelling")
+        else:
+            transition(session, row, JobStatus.CANCELLED, event="job.cancelled")
+    return _job(session, row), row.status == JobStatus.CANCELLING
+
+
+def retry(session: Session, *, job_id: str) -> Job:
+    """Open a failed or cancelled job again. Steps that succeeded and committed layers are kept."""
+    row = _lock(session, job_id)
+    if row.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+        raise Problem(Code.CONFLICT, "Only a failed or cancelled job can be retried.")
+    row.attempt += 1
+    row.error = None
+    row.cancel_requested_at = None
+    reopen(session, row)
+    transition(session, row, JobStatus.QUEUED, event="job.retried", data={"attempt": row.attempt})
+    return _job(session, row)
+
+
+def layers(session: Session, *, job_id: str) -> LayerList:
+    get_version(session, job_id=job_id)
+    rows = repository.committed_layers(session, job_id)
+    artifacts = by_ids(session, [row.artifact_id for row in rows])
+    data = [
+        Layer(
+            layer=row.layer,
+            artifact_id=row.artifact_id,
+            bytes=artifacts[row.artifact_id].bytes,
+            sha256=artifacts[row.artifact_id].sha256,
+            metrics=row.metrics,
+            attempt=row.attempt,
+            committed_at=row.committed_at,
+        )
+        for row in rows
+    ]
+    return LayerList(data=data)
+
+
+def _queue(
+    session: Session,
+    *,
+    kind: JobKind,
+    spec: dict[str, Any],
+    model_id: str,
+    labels: dict[str, str],
+    priority: int,
+    dataset_id: str | None = None,
+    profile_id: str | None = None,
+    resolved: dict[str, Any] | None = None,
+) -> Job:
+    row = Row(
+        id=new_id("job"),
+        kind=kind,
+        status=JobStatus.QUEUED,
+        phase=first_step(kind).phase,
+        version=0,
+        event_seq=0,
+        priority=priority,
+        model_id=model_id,
+        dataset_id=dataset_id,
+        profile_id=profile_id,
+        spec=spec,
+        labels=labels,
+        resolved=resolved or {},
+    )
+    session.add(row)
+    session.flush()
+    add_first_steps(session, row)
+    record(session, row, "job.created", {"kind": kind})
+    session.flush()
+    return _job(session, row)
+
+
+def _job(session: Session, row: Row) -> Job:
+    session.flush()
+    return Job.of(row, repository.steps_of(session, [row.id]))
+
+
+def _lock(session: Session, job_id: str) -> Row:
+    row = repository.lock_job(session, job_id)
+    if row is None:
+        raise not_found("job")
+    return row
+
+
+def _check_model(model_id: str, *, allow_local_models: bool) -> None:
+    if _HUB_ID.fullmatch(model_id):
+        return
+    if not model_id.startswith("/"):
+        field = FieldProblem(
+            pointer="/model/id", code="model_id", message="is neither a hub id nor an absolute folder"
+        )
+        raise Problem(Code.INVALID_REQUEST, "The model id cannot be used.", errors=[field])
+    if not allow_local_models:
+        raise Problem(
+            Code.LOCAL_MODELS_DISABLED, "This server takes models of the hub only, not local folders."
+        )

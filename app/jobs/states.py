@@ -1,0 +1,68 @@
+"""The only place where the status of a job or a step changes.
+
+Callers hold the job's row lock (`repository.lock_job`) and pass rows of the current transaction, so that
+status, version, event number and event are one change or none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.database import clock
+from app.events.models import Event
+from app.jobs.models import Job, Step
+from app.jobs.vocabulary import ENDED_STEPS, JOB_EDGES, STEP_EDGES, TERMINAL, JobStatus, StepStatus
+
+
+class IllegalTransition(Exception):
+    """A change that the edge table does not have: a defect of the caller, never of the client."""
+
+    def __init__(self, what: str, old: str, new: str) -> None:
+        super().__init__(f"{what} cannot go from {old} to {new}")
+
+
+def transition(
+    session: Session, job: Job, to: JobStatus, *, event: str, data: dict[str, Any] | None = None
+) -> None:
+    """Move a job along an allowed edge and record why."""
+    if to not in JOB_EDGES[JobStatus(job.status)]:
+        raise IllegalTransition(job.id, job.status, to)
+    job.status = to
+    moment = clock(session)
+    if to is JobStatus.RUNNING and job.started_at is None:
+        job.started_at = moment
+    if to is JobStatus.CANCELLING:
+        job.cancel_requested_at = moment
+    job.finished_at = moment if to in TERMINAL else None
+    record(session, job, event, data)
+
+
+def record(session: Session, job: Job, event: str, data: dict[str, Any] | None = None) -> None:
+    """Add an event; the job's version rises with it."""
+    touch(job)
+    job.event_seq += 1
+    session.add(Event(job_id=job.id, seq=job.event_seq, type=event, data=data or {}))
+
+
+def touch(job: Job) -> None:
+    """Note a visible change that deserves no event, such as progress."""
+    job.version += 1
+
+
+def move_step(session: Session, step: Step, to: StepStatus, *, error: dict[str, Any] | None = None) -> None:
+    """Move a step along an allowed edge. Leaving `running` ends the lease and raises the fence.
+
+    With the raised fence nobody who held the lease before can write again, whoever ended it.
+    """
+    old = StepStatus(step.status)
+    if to not in STEP_EDGES[old]:
+        raise IllegalTransition(step.id, old, to)
+    step.status = to
+    step.error = error
+    if old is StepStatus.RUNNING:
+        step.fence += 1
+        step.lease_owner = None
+        step.lease_expires_at = None
+    step.finished_at = clock(session) if to in ENDED_STEPS else None

@@ -1,0 +1,80 @@
+"""The application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from anyio import to_thread
+from fastapi import FastAPI
+
+import app.artifacts.routes
+import app.checkpoints.routes
+import app.datasets.routes
+import app.events.routes
+import app.health
+import app.jobs.routes
+import app.profiles.routes
+from app import errors
+from app.database import Database, SyncDatabase
+from app.events.routes import StreamSlots
+from app.jobs.dispatch import LocalDispatcher
+from app.jobs.reaper import Reaper
+from app.middleware import LocalOnly, RequestIds
+from app.openapi import API_VERSION, describe
+from app.settings import Settings
+from app.storage import Storage
+
+DESCRIPTION = """Calibration as a service for KV-cache compression.
+
+POST a model, a calibration dataset and an error budget; get the error-rank profile of every layer and a
+compressed checkpoint. Every answer that is not a success is `application/problem+json` with a `code` of a
+closed list."""
+
+
+@asynccontextmanager
+async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = api.state.settings
+    url = settings.resolved_database_url
+    api.state.database = Database(url)
+    api.state.storage = Storage(settings.resolved_storage_url)
+    api.state.dispatcher = LocalDispatcher(settings.wake_file)
+    repairs = SyncDatabase(url)
+    reaper = Reaper(repairs, api.state.storage, api.state.dispatcher, settings)
+    reaper.start()
+    try:
+        yield
+    finally:
+        await to_thread.run_sync(reaper.stop)
+        repairs.close()
+        await api.state.database.close()
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """An application over a migrated database. Several may run side by side on one database."""
+    api = FastAPI(
+        title="OrthoKV",
+        version=API_VERSION,
+        description=DESCRIPTION,
+        lifespan=_lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    api.state.settings = settings
+    api.state.streams = StreamSlots(settings.max_event_streams)
+    errors.install(api)
+    api.add_middleware(LocalOnly, allowed_hosts=settings.allowed_hosts)
+    api.add_middleware(RequestIds)  # added last, so outermost: refusals have an id, too
+    for router in (
+        app.datasets.routes.router,
+        app.datasets.routes.upload_router,
+        app.jobs.routes.router,
+        app.events.routes.router,
+        app.profiles.routes.router,
+        app.checkpoints.routes.router,
+        app.artifacts.routes.router,
+        app.health.router,
+    ):
+        api.include_router(router)
+    describe(api)
+    return api

@@ -1,0 +1,26 @@
+"""Every table in one import, for migrations and for foreign keys that name each other."""
+
+from app.artifacts.models import Artifact
+from app.checkpoints.models import Checkpoint, CheckpointFile
+from app.database import Base
+from app.datasets.models import Dataset
+from app.events.models import Event
+from app.idempotency.models import IdempotencyKey
+from app.jobs.models import Job, Layer, Step
+from app.profiles.models import Profile
+
+metadata = Base.metadata
+
+__all__ = [
+    "Artifact",
+    "Checkpoint",
+    "CheckpointFile",
+    "Dataset",
+    "Event",
+    "IdempotencyKey",
+    "Job",
+    "Layer",
+    "Profile",
+    "Step",
+    "metadata",
+]

@@ -1,0 +1,63 @@
+"""The OpenAPI document: built from the routes, committed as `openapi.json`, checked against it.
+
+python -m app.openapi [--check] [FILE]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from app.errors import ProblemDetail
+
+API_VERSION = "1.0.0"
+DOCUMENT = Path("openapi.json")
+
+
+def describe(api: FastAPI) -> None:
+    """Let the app serve its document with the schemas that only problems use."""
+
+    def build() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            document = get_openapi(
+                title=api.title, version=api.version, description=api.description, routes=api.routes
+            )
+            schemas = document["components"]["schemas"]
+            problem = ProblemDetail.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(problem.pop("$defs"))
+            schemas["ProblemDetail"] = problem
+            document["components"]["schemas"] = dict(sorted(schemas.items()))
+            api.openapi_schema = document
+        return api.openapi_schema
+
+    api.openapi = build  # type: ignore[method-assign]  # FastAPI's own way to extend the document
+
+
+def render() -> str:
+    from app.main import create_app
+    from app.settings import Settings
+
+    return json.dumps(create_app(Settings()).openapi(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    check = "--check" in arguments
+    files = [Path(argument) for argument in arguments if argument != "--check"]
+    path = files[0] if files else DOCUMENT
+    document = render()
+    if not check:
+        path.write_text(document, encoding="utf-8")
+        return 0
+    if not path.is_file() or path.read_text(encoding="utf-8") != document:
+        sys.stderr.write(f"{path} differs from the routes: run `python -m app.openapi` and commit it\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

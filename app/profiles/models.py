@@ -1,0 +1,25 @@
+"""Table of profiles."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ForeignKey
+from sqlalchemy.orm import Mapped, mapped_column
+
+from app.database import Base, Id, Json, UtcDateTime, now
+
+
+class Profile(Base):
+    """The error of every layer at every candidate rank, as files."""
+
+    __tablename__ = "profile"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), unique=True)
+    summary: Mapped[dict[str, Any]] = mapped_column(Json)
+    json_artifact_id: Mapped[str] = mapped_column(ForeignKey("artifact.id"))
+    tensors_artifact_id: Mapped[str] = mapped_column(ForeignKey("artifact.id"))
+    plot_artifact_id: Mapped[str] = mapped_column(ForeignKey("artifact.id"))
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())

@@ -1,0 +1,78 @@
+"""Routes of profiles."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Path, Response
+from fastapi.responses import JSONResponse
+
+from app.artifacts.content import Conditions, content
+from app.dependencies import Db, Hints, PageCursor, Store
+from app.errors import Code, documented
+from app.idempotency.dependency import CREATION_CODES, Once
+from app.ids import id_pattern
+from app.jobs.schemas import Job
+from app.pagination import Page
+from app.profiles import service
+from app.profiles.schemas import CheckpointCreate, Profile
+from app.routing import BoundedRoute
+
+router = APIRouter(prefix="/v1/profiles", tags=["profiles"], route_class=BoundedRoute)
+ProfileId = Annotated[str, Path(pattern=id_pattern("prof"))]
+
+
+@router.get("", operation_id="profiles.list", responses=documented(Code.INVALID_CURSOR))
+async def list_page(db: Db, cursor: PageCursor) -> Page[Profile]:
+    return await db.read(service.list_page, cursor=cursor)
+
+
+@router.get(
+    "/{profile_id}",
+    operation_id="profiles.get",
+    response_model=Profile,
+    responses={
+        200: {
+            "description": "The profile, or its plot with `Accept: image/png`.",
+            "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+        },
+        206: {"description": "A range of the plot."},
+        304: {"description": "The plot has not changed."},
+        **documented(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE),
+    },
+)
+async def get(
+    profile_id: ProfileId,
+    db: Db,
+    store: Store,
+    conditions: Conditions,
+    accept: Annotated[str, Header()] = "application/json",
+) -> Profile | Response:
+    """A profile as JSON, or as a picture."""
+    if "image/png" not in accept.lower():
+        return await db.read(service.get, profile_id=profile_id)
+    plot, object_key = await db.read(service.locate_plot, profile_id=profile_id)
+    response = content(store, plot, object_key, conditions, inline=True)
+    response.headers["Vary"] = "Accept"
+    return response
+
+
+@router.post(
+    "/{profile_id}/checkpoints",
+    status_code=202,
+    response_model=Job,
+    operation_id="profiles.create_checkpoint",
+    responses=documented(*CREATION_CODES, Code.NOT_FOUND),
+)
+async def create_checkpoint(
+    profile_id: ProfileId, body: CheckpointCreate, once: Once, hints: Hints
+) -> JSONResponse:
+    """Make a checkpoint for another budget. Takes seconds: everything was fitted before."""
+    response = await once.run(
+        body,
+        lambda session: service.create_checkpoint(session, profile_id=profile_id, body=body),
+        status_code=202,
+        collection="/v1/jobs",
+    )
+    hints.hint()
+    return response

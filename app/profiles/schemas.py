@@ -1,0 +1,44 @@
+"""Bodies of profiles."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import Field
+
+from app.artifacts.schemas import Artifact
+from app.jobs.schemas import CompressSpec
+from app.schemas import Body, Budget, Form, Metadata, Resource
+
+
+class ProfileFiles(Resource):
+    """`json` and `tensors` are the profile itself, `plot` shows it."""
+
+    json_: Artifact = Field(serialization_alias="json")
+    tensors: Artifact
+    plot: Artifact
+
+
+class Profile(Resource):
+    """The error of every layer at every candidate rank.
+
+    Checkpoints for other budgets come from it without fitting.
+    """
+
+    object: Literal["profile"] = "profile"
+    id: str
+    job_id: str
+    spec: CompressSpec = Field(description="What the fitting job was asked for.")
+    resolved: dict[str, Any] = Field(description="What was really run: revision, digests, geometry.")
+    summary: dict[str, Any]
+    files: ProfileFiles
+    created_at: datetime
+
+
+class CheckpointCreate(Body):
+    """Another budget for what was fitted."""
+
+    budget: Budget
+    form: Form = "adapter"
+    metadata: Metadata = Field(default_factory=dict)

@@ -1,0 +1,50 @@
+"""Bases and shared fields of request and response bodies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Body(BaseModel):
+    """A request body.
+
+    A field that is not known is an error, so a typing mistake is never a silent default.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Resource(BaseModel):
+    """A response body: fields are only ever added."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+
+class Budget(Body):
+    """How much may be lost, or kept."""
+
+    metric: Literal["kept", "layer_error", "perplexity_increase"] = Field(
+        description="`kept`: stored bytes of the cache / bytes of the 16-bit cache. "
+        "`layer_error`: relative error of the worst layer's output. "
+        "`perplexity_increase`: relative, on a held-out slice of the calibration data."
+    )
+    value: Annotated[float, Field(gt=0, allow_inf_nan=False, examples=[0.25])]
+
+    @model_validator(mode="after")
+    def _kept_is_a_share(self) -> Budget:
+        if self.metric == "kept" and self.value > 1:
+            raise ValueError("kept is a share and must be at most 1")
+        return self
+
+
+Form = Annotated[
+    Literal["adapter", "full"],
+    Field(description="`adapter`: bases only. `full`: with the base model's own files, loadable by path."),
+]
+MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+Metadata = Annotated[
+    dict[MetadataKey, Annotated[str, Field(max_length=512)]],
+    Field(max_length=16, description="Up to 16 labels of the client's own; jobs can be listed by them."),
+]

@@ -1,0 +1,111 @@
+"""Settings of the service, read from `ORTHOKV_*` environment variables. Units are in the names."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Seconds = Annotated[float, Field(gt=0)]
+Bytes = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    """Everything an operator may set. A data folder alone is a complete configuration."""
+
+    model_config = SettingsConfigDict(env_prefix="ORTHOKV_", extra="ignore", frozen=True)
+
+    data_dir: Path = Path("orthokv-data")
+    database_url: str = ""
+    """SQLAlchemy URL without a driver (`sqlite:///FILE`, `postgresql://...`).
+
+    Empty: a file in the data folder.
+    """
+    storage_url: str = ""
+    """Where objects live (`file:///FOLDER`, `s3://BUCKET/PREFIX`, ...).
+
+    Empty: a folder in the data folder.
+    """
+
+    allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
+    """Names a request may carry in its Host header.
+
+    The defence of a loopback server against DNS rebinding.
+    """
+    allow_local_models: bool = False
+    """Accept absolute folders as model ids.
+
+    `orthokv serve` turns it on: its user and the server are one person.
+    """
+
+    max_body_bytes: Bytes = 1 << 20
+    max_dataset_bytes: Bytes = 4 << 30
+    max_wait_seconds: Seconds = 60.0
+    max_event_streams: Annotated[int, Field(ge=1)] = 100
+    poll_seconds: Seconds = 0.25
+    """How often long polls and event streams look at the database."""
+    idempotency_hours: Annotated[float, Field(gt=0)] = 24.0
+
+    lease_seconds: Seconds = 60.0
+    heartbeat_seconds: Seconds = 15.0
+    reaper_seconds: Seconds = 15.0
+    idle_poll_seconds: Seconds = 2.0
+    """How long an idle worker sleeps when no hint wakes it."""
+    hint_after_seconds: Seconds = 30.0
+    cancel_grace_seconds: Seconds = 300.0
+    """A cancelling job whose worker does not answer is ended after this long."""
+    drain_seconds: Annotated[float, Field(ge=0)] = 10.0
+    """On SIGTERM a worker waits this long for the layer it is fitting, then stops.
+
+    Neither costs a failure.
+    """
+    retry_backoff_seconds: Seconds = 5.0
+    max_failures: Annotated[int, Field(ge=1)] = 3
+    """Failures of one step, without a layer committed in between, that end the job."""
+    orphan_hours: Annotated[float, Field(gt=0)] = 24.0
+    orphan_sweep_seconds: Seconds = 3600.0
+
+    worker_name: str = ""
+    """A name that only one living worker has.
+
+    With it a restarted worker takes back its own leases at once.
+    """
+    layers_per_fit_step: Annotated[int, Field(ge=1)] | None = None
+    """Split a job's fit over steps of this many layers, so that several workers share one job.
+
+    None: one step.
+    """
+    runner_command: tuple[str, ...] = (sys.executable, "-m", "workers.runner")
+    runner_environment: tuple[str, ...] = ()
+    """Names of further variables to hand to the runner, which otherwise sees no secret."""
+    device: str = "auto"
+    progress_seconds: Seconds = 1.0
+    """Progress lines of a child are written to the database at most this often."""
+
+    @model_validator(mode="after")
+    def _heartbeats_fit_into_the_lease(self) -> Self:
+        # A worker gives up after two thirds of a lease without a heartbeat; one heartbeat has to fit in
+        # before.
+        if self.heartbeat_seconds > self.lease_seconds / 2:
+            raise ValueError("heartbeat_seconds must be at most half of lease_seconds")
+        return self
+
+    @property
+    def resolved_database_url(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir.resolve() / 'orthokv.db'}"
+
+    @property
+    def resolved_storage_url(self) -> str:
+        return self.storage_url or (self.data_dir.resolve() / "objects").as_uri()
+
+    @property
+    def work_dir(self) -> Path:
+        return self.data_dir.resolve() / "work"
+
+    @property
+    def wake_file(self) -> Path:
+        """The named pipe through which the API wakes an idle worker of the same data folder."""
+        return self.data_dir.resolve() / "wake"

@@ -1,0 +1,169 @@
+"""The object store.
+
+Immutable objects under keys that the service chooses, on a local folder or a cloud bucket.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import from_url
+
+CHUNK_BYTES = 1 << 20
+# What a local write leaves behind when its process is killed: `name#1`. Keys of ours have no '#'.
+_STAGING = re.compile(r"#\d+$")
+
+
+class StorageError(Exception):
+    """The store refused or damaged an object: a full disk, missing rights, a lost connection."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Size and digest of an object as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Listed:
+    key: str
+    modified_at: datetime
+
+
+class Storage:
+    """Objects by key. Writes are atomic: a reader sees a whole object or none."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self._root = Path(url2pathname(parts.path)) if parts.scheme == "file" else None
+        if self._root is not None:
+            self._root.mkdir(parents=True, exist_ok=True)
+        self._store = from_url(url)
+
+    def put_file(self, key: str, path: Path) -> Stored:
+        """Store a file and read it back: the digest of what is in the store is the digest of the file."""
+        try:
+            written = digest_file(path)
+            obstore.put(self._store, key, path)
+            self._sync(key)
+            stored = self._digest(key)
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot store {Path(key).name}: {_first_line(error)}") from error
+        if stored != written:
+            raise StorageError(f"{Path(key).name} is not in the store as it was written")
+        return stored
+
+    async def put_stream(self, key: str, chunks: AsyncIterator[bytes]) -> Stored:
+        """Store a stream. What the stream raises passes through (but an `OSError`), and nothing is stored."""
+        digest = hashlib.sha256()
+        size = 0
+
+        async def counted() -> AsyncIterator[bytes]:
+            nonlocal size
+            async for chunk in chunks:
+                digest.update(chunk)
+                size += len(chunk)
+                if chunk:
+                    yield chunk
+
+        try:
+            await obstore.put_async(self._store, key, counted())
+            self._sync(key)
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot store the upload: {_first_line(error)}") from error
+        return Stored(size, digest.hexdigest())
+
+    def fetch(self, key: str, path: Path, *, sha256: str) -> None:
+        """Copy an object to a file and check its digest."""
+        try:
+            with path.open("xb") as file:
+                for chunk in self._chunks(key):
+                    file.write(chunk)
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot read {Path(key).name}: {_first_line(error)}") from error
+        if digest_file(path).sha256 != sha256:
+            raise StorageError(f"{Path(key).name} in the store is not the file that was committed")
+
+    async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
+        """Bytes `start` to `end`, exclusive, in chunks."""
+        if start == end:
+            return
+        result = await obstore.get_async(self._store, key, options={"range": (start, end)})
+        async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+            yield bytes(chunk)
+
+    async def check(self) -> None:
+        """Raise `StorageError` when the store cannot be listed."""
+        try:
+            await obstore.list_with_delimiter_async(self._store, "readiness")
+        except (BaseError, OSError) as error:
+            raise StorageError(_first_line(error)) from error
+
+    def list_older(self, prefix: str, age: timedelta) -> Iterator[str]:
+        """Keys under a prefix that were last written longer ago than `age`."""
+        before = datetime.now(UTC) - age
+        for batch in obstore.list(self._store, prefix):
+            for meta in batch:
+                if meta["last_modified"] < before:
+                    yield meta["path"]
+
+    def delete(self, keys: list[str]) -> None:
+        obstore.delete(self._store, keys)
+
+    def delete_staging(self, age: timedelta) -> int:
+        """Delete what killed writers left in a local store, where listings do not show it.
+
+        Returns how many.
+        """
+        before = (datetime.now(UTC) - age).timestamp()
+        count = 0
+        for path in self._root.rglob("*") if self._root is not None else ():
+            if _STAGING.search(path.name) and path.stat().st_mtime < before:
+                path.unlink(missing_ok=True)
+                count += 1
+        return count
+
+    def _chunks(self, key: str) -> Iterator[bytes]:
+        for chunk in obstore.get(self._store, key).stream(min_chunk_size=CHUNK_BYTES):
+            yield bytes(chunk)
+
+    def _digest(self, key: str) -> Stored:
+        digest, size = hashlib.sha256(), 0
+        for chunk in self._chunks(key):
+            digest.update(chunk)
+            size += len(chunk)
+        return Stored(size, digest.hexdigest())
+
+    def _sync(self, key: str) -> None:
+        """Make a local object survive a power cut before a row refers to it; a bucket does so by contract."""
+        if self._root is None:
+            return
+        path = self._root / key
+        for name in (path, path.parent):
+            descriptor = os.open(name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def digest_file(path: Path) -> Stored:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return Stored(file.tell(), digest.hexdigest())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

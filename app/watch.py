@@ -1,0 +1,77 @@
+"""Showing a job while it runs: a bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+Job = dict[str, Any]
+_NO_PROGRESS: Job = {"done": 0, "total": None, "unit": ""}
+_ALL_DONE: Job = {"done": 1, "total": 1, "unit": ""}
+
+
+def show(jobs: Iterable[Job], console: Console) -> Job:
+    """Show each state of a job as it comes; returns the last."""
+    return _bar(jobs, console) if console.is_terminal else _lines(jobs, console)
+
+
+def summary(job: Job) -> list[str]:
+    """What a finished job came to, a line each."""
+    if job["status"] != "succeeded":
+        error = job["error"]
+        if error is None:
+            return [f"{job['id']} {job['status']}"]
+        best = "" if error["best"] is None else f" (best reached: {error['best']:g})"
+        return [f"{job['id']} failed: {error['code']}: {error['message']}{best}"]
+    result = job["result"]
+    measured = result["measured"]
+    figures = [
+        f"{name} {measured[name]:.4g}"
+        for name in ("kept", "perplexity", "perplexity_dense", "kl")
+        if isinstance(measured.get(name), int | float)
+    ]
+    return [
+        f"{job['id']} succeeded: {', '.join(figures)}",
+        f"profile {result['profile_id']}",
+        f"checkpoint {result['checkpoint_id']}",
+    ]
+
+
+def _lines(jobs: Iterable[Job], console: Console) -> Job:
+    job, shown = {}, None
+    for job in jobs:
+        progress = job["progress"]
+        # A log is read later: a line for each tenth is enough.
+        state = (job["status"], job["phase"], progress and int(10 * progress["fraction"]))
+        if state != shown:
+            amount = "" if progress is None else f" {progress['done']}/{progress['total']} {progress['unit']}"
+            console.print(f"{job['status']} {job['phase']}{amount}", highlight=False, soft_wrap=True)
+            shown = state
+    return job
+
+
+def _bar(jobs: Iterable[Job], console: Console) -> Job:
+    columns = (
+        TextColumn("{task.fields[status]:>10} {task.description:<12}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
+        TimeElapsedColumn(),
+    )
+    job: Job = {}
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("queued", total=None, status="", unit="")
+        for job in jobs:
+            idle = _ALL_DONE if job["status"] == "succeeded" else _NO_PROGRESS
+            progress = job["progress"] or idle
+            bar.update(
+                task,
+                description=job["phase"],
+                completed=progress["done"],
+                total=progress["total"],
+                status=job["status"],
+                unit=progress["unit"],
+            )
+    return job

@@ -1,0 +1,109 @@
+"""Each test of the service runs on SQLite and on Postgres, on a schema that the migrations made."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import structlog
+from fastapi.testclient import TestClient
+from sqlalchemy import text
+
+from app.database import SyncDatabase
+from app.main import create_app
+from app.migrate import upgrade
+from app.models import metadata
+from app.settings import Settings
+from app.storage import Storage
+from tests.postgres import postgres_url
+from tests.service.factories import Script
+
+# The default renderer draws tracebacks with all locals, which takes seconds.
+structlog.configure(
+    processors=[structlog.processors.format_exc_info, structlog.processors.KeyValueRenderer()]
+)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    with postgres_url() as url:
+        upgrade(url)
+        yield url
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("sqlite") / "template.db"
+    upgrade(f"sqlite:///{file}")
+    return file
+
+
+def empty(url: str) -> None:
+    """Delete every row."""
+    database = SyncDatabase(url)
+    names = ", ".join(f'"{name}"' for name in metadata.tables)
+    database.write(lambda session: session.execute(text(f"TRUNCATE {names} CASCADE")))
+    database.close()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty, migrated database."""
+    if request.param == "postgres":
+        url: str = request.getfixturevalue("postgres")
+        empty(url)
+        return url
+    return copy_of(request.getfixturevalue("sqlite_template"), tmp_path)
+
+
+def copy_of(template: Path, folder: Path) -> str:
+    """URL of a copy of a migrated SQLite file."""
+    shutil.copy(template, folder / "test.db")
+    return f"sqlite:///{folder / 'test.db'}"
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Script:
+    """What the runner of this test will do."""
+    return Script(tmp_path / "script")
+
+
+@pytest.fixture
+def settings(database_url: str, tmp_path: Path, script: Script) -> Settings:
+    runner = Path(__file__).with_name("scripted_runner.py")
+    return Settings(
+        data_dir=tmp_path / "data",
+        database_url=database_url,
+        allow_local_models=True,
+        allowed_hosts=("testserver",),
+        poll_seconds=0.02,
+        idle_poll_seconds=0.05,
+        lease_seconds=30,
+        heartbeat_seconds=0.2,
+        reaper_seconds=3600,  # tests sweep by hand
+        drain_seconds=5,
+        retry_backoff_seconds=0.01,
+        progress_seconds=0.01,
+        runner_command=(sys.executable, str(runner), str(script.folder)),
+    )
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[SyncDatabase]:
+    database = SyncDatabase(settings.resolved_database_url)
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def storage(settings: Settings) -> Storage:
+    return Storage(settings.resolved_storage_url)
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        yield client

@@ -1,0 +1,193 @@
+"""`orthokv serve` and `orthokv jobs` against a real server, whose runner follows a script."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from app.cli import jobs
+from tests.server import REPOSITORY, Server
+from tests.service.factories import Script
+
+RUNNER = Path(__file__).with_name("scripted_runner.py")
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
+    return Script(tmp_path_factory.mktemp("script") / "script")
+
+
+@pytest.fixture(scope="module")
+def server(script: Script, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = json.dumps([sys.executable, str(RUNNER), str(script.folder)])
+    with Server(tmp_path_factory.mktemp("serve") / "data", {"ORTHOKV_RUNNER_COMMAND": command}) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _calm(script: Script) -> None:
+    script.write()
+    (script.folder / "runs.jsonl").unlink(missing_ok=True)
+
+
+def orthokv(server: Server, *arguments: str) -> Result:
+    return CliRunner().invoke(jobs, list(arguments), env={"ORTHOKV_URL": server.url})
+
+
+def submit(server: Server, *more: str) -> Result:
+    return orthokv(server, "submit", "--model", "org/model", "--dataset", "self", "--kept", "0.25", *more)
+
+
+def test_submit_wait_and_download(server: Server, tmp_path: Path) -> None:
+    done = submit(server, "--wait", "--num-samples", "4")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("job_")
+    assert "kept 0.2499, perplexity 11.5" in done.stdout
+    out, profile = tmp_path / "out", tmp_path / "profile"
+    fetched = orthokv(server, "download", lines[0], "--out", str(out), "--profile", str(profile))
+    assert fetched.exit_code == 0, fetched.output
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "orthokv.json",
+        "orthokv.safetensors",
+    ]
+    assert (out / "SHA256SUMS").read_bytes() == b"second\n"
+    assert sorted(path.name for path in profile.iterdir()) == [
+        "profile.json",
+        "profile.png",
+        "profile.safetensors",
+    ]
+
+
+def test_a_download_resumes_and_a_damaged_one_is_not_kept(server: Server, tmp_path: Path) -> None:
+    job_id = submit(server, "--wait").stdout.splitlines()[0]
+    found = server.job(job_id)["result"]["checkpoint_id"]
+    files = {file["filename"]: file for file in server.get(f"/v1/checkpoints/{found}/files")["data"]}
+    file = files["orthokv.safetensors"]
+    assert orthokv(server, "download", job_id, "--out", str(tmp_path)).exit_code == 0
+    target = tmp_path / file["filename"]
+    whole = target.read_bytes()
+    part = tmp_path / f".{target.name}.{file['sha256'][:16]}.part"
+
+    target.unlink()
+    part.write_bytes(whole[:100])
+    assert orthokv(server, "download", job_id, "--out", str(tmp_path)).exit_code == 0
+    assert (target.read_bytes(), part.exists()) == (whole, False)
+
+    target.unlink()
+    part.write_bytes(b"\0" * 100)  # the beginning of something else: only a true resume makes this wrong
+    damaged = orthokv(server, "download", job_id, "--out", str(tmp_path))
+    assert damaged.exit_code == 1
+    assert "arrived damaged" in damaged.stderr
+    assert not target.exists()
+    assert orthokv(server, "download", job_id, "--out", str(tmp_path)).exit_code == 0
+    assert hashlib.sha256(target.read_bytes()).hexdigest() == file["sha256"]
+
+
+def test_a_dataset_file_is_uploaded(server: Server, script: Script, tmp_path: Path) -> None:
+    text = tmp_path / "calibration.jsonl"
+    text.write_text('{"body": "text"}\n')
+    done = orthokv(
+        server,
+        *("submit", "--model", "org/model", "--dataset", str(text), "--field", "body"),
+        *("--layer-error", "0.1", "--form", "full", "--wait"),
+    )
+    assert done.exit_code == 0, done.output
+    request = script.runs("calibrate")[0]["request"]
+    assert (request["dataset"]["format"], request["dataset"]["field"]) == ("jsonl", "body")
+    assert (request["budget"], request["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
+
+
+def test_a_local_model_is_sent_as_an_absolute_folder(server: Server, script: Script, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    done = orthokv(server, "submit", "--model", str(folder), "--dataset", "self", "--kept", "0.5", "--wait")
+    assert done.exit_code == 0, done.output
+    assert script.runs("resolve")[0]["request"]["model"]["id"] == str(folder.resolve())
+
+
+def test_a_budget_out_of_reach_is_exit_code_3(server: Server, script: Script) -> None:
+    script.write({"step": "package", "run": 0, "do": "unreachable"})
+    done = submit(server, "--wait")
+    assert done.exit_code == 3
+    assert "best reached: 0.07" in done.stderr
+
+
+def test_a_failed_job_is_exit_code_1(server: Server, script: Script) -> None:
+    script.write({"step": "resolve", "run": 0, "do": "user_error"})
+    done = submit(server, "--wait")
+    assert done.exit_code == 1
+    assert "model_unsupported: Architecture Foo is not supported." in done.stderr
+
+
+def test_watch_list_and_cancel(server: Server, script: Script) -> None:
+    script.write({"step": "calibrate", "run": 0, "do": "hang"})
+    job_id = submit(server).stdout.strip()
+    assert f"{job_id}  " in orthokv(server, "list", "--limit", "1").stdout
+    assert orthokv(server, "cancel", job_id).stdout.strip() in ("cancelling", "cancelled")
+    watched = orthokv(server, "watch", job_id)
+    assert watched.exit_code == 1
+    assert f"{job_id} cancelled" in watched.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["submit", "--model", "org/m", "--dataset", "self"], "exactly one of"),
+        (
+            ["submit", "--model", "org/m", "--dataset", "self", "--kept", "1", "--layer-error", "1"],
+            "exactly one",
+        ),
+        (["submit", "--model", "org/m", "--dataset", "self", "--kept", "1.5"], "must be at most 1"),
+        (["submit", "--model", "org/m", "--dataset", "nowhere.jsonl", "--kept", "1"], "is not a file"),
+        (["submit", "--model", "./nowhere", "--dataset", "self", "--kept", "1"], "is not a folder"),
+        (["watch", "job_1"], "does not fit"),
+        (["cancel", "job_" + "0" * 26], "No such job"),
+        (["download", "job_" + "0" * 26, "--out", "x"], "No such job"),
+        (["download", "job_" + "0" * 26], "say where to"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(server: Server, arguments: list[str], message: str) -> None:
+    done = orthokv(server, *arguments)
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_no_server_is_exit_code_1() -> None:
+    done = CliRunner().invoke(jobs, ["list", "--url", "http://127.0.0.1:9"])
+    assert done.exit_code == 1
+    assert "cannot reach http://127.0.0.1:9" in done.stderr
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import typer, app.cli; typer.run(app.cli.serve)", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=False)
+
+
+def test_a_second_server_refuses_the_folder(server: Server) -> None:
+    second = serve("--data", str(server.data), "--port", "0")
+    assert second.returncode == 2
+    assert "another OrthoKV server uses" in second.stderr
+
+
+def test_a_server_stays_on_the_loopback(tmp_path: Path) -> None:
+    refused = serve("--data", str(tmp_path / "data"), "--host", "0.0.0.0")
+    assert refused.returncode == 2
+    assert "is not a loopback address" in refused.stderr
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_port_that_is_taken_is_bad_input(server: Server, tmp_path: Path) -> None:
+    refused = serve("--data", str(tmp_path / "data"), "--port", server.url.rsplit(":", 1)[1])
+    assert refused.returncode == 2
+    assert "in use" in refused.stderr

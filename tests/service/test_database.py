@@ -1,0 +1,93 @@
+"""The clock, transactions and migrations on both databases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from alembic import command
+from sqlalchemy import inspect, select
+from sqlalchemy.orm import Session
+
+from app.database import SyncDatabase, clock, now
+from app.datasets.models import Dataset
+from app.migrate import alembic_config, upgrade
+from tests.postgres import postgres_url
+
+
+def test_the_clock_is_the_present_in_utc(database: SyncDatabase) -> None:
+    assert abs(database.read(clock) - datetime.now(UTC)) < timedelta(seconds=5)
+
+
+def test_the_clock_moves_within_a_transaction(database: SyncDatabase) -> None:
+    def watch(session: Session) -> None:
+        first = clock(session)
+        while clock(session) == first:  # ends only if it moves; the test's time limit is the failure
+            pass
+        assert clock(session) > first
+
+    database.write(watch)
+
+
+@pytest.mark.parametrize("seconds", [-3600.25, -0.001, 0.0, 0.5, 86_400.0])
+def test_the_clock_adds_fractions_of_seconds(database: SyncDatabase, seconds: float) -> None:
+    plain, moved = database.read(lambda session: session.execute(select(now(), now(seconds))).one())
+    assert abs((moved - plain).total_seconds() - seconds) < 0.02
+
+
+def test_stored_times_compare_with_the_clock(database: SyncDatabase) -> None:
+    def store(session: Session) -> None:
+        for name, offset in (("ds_past", -0.01), ("ds_future", 60.0)):
+            session.add(Dataset(id=name, filename="x", format="text", created_at=now(offset)))
+
+    database.write(store)
+    past = database.read(
+        lambda session: session.execute(select(Dataset.id).where(Dataset.created_at < now())).scalars().all()
+    )
+    assert past == ["ds_past"]
+
+
+def test_a_failing_transaction_leaves_nothing(database: SyncDatabase) -> None:
+    def store_and_fail(session: Session) -> None:
+        session.add(Dataset(id="ds_x", filename="x", format="text"))
+        session.flush()
+        raise RuntimeError("after the write")
+
+    with pytest.raises(RuntimeError, match="after the write"):
+        database.write(store_and_fail)
+    assert database.read(lambda session: session.get(Dataset, "ds_x")) is None
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def bare_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database without any schema."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'bare.db'}"
+        return
+    with postgres_url() as url:
+        yield url
+
+
+def tables(url: str) -> set[str]:
+    database = SyncDatabase(url)
+    names = set(inspect(database.engine).get_table_names())
+    database.close()
+    return names
+
+
+def test_migrations_make_exactly_the_models_and_can_be_undone(bare_url: str) -> None:
+    upgrade(bare_url)
+    command.check(alembic_config(bare_url))  # raises when models and schema differ
+    assert "job" in tables(bare_url)
+    command.downgrade(alembic_config(bare_url), "base")
+    assert tables(bare_url) == {"alembic_version"}
+    upgrade(bare_url)
+    upgrade(bare_url)
+    assert "job" in tables(bare_url)
+
+
+def test_a_database_of_another_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="mysql"):
+        SyncDatabase("mysql://localhost/x")

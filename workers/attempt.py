@@ -1,0 +1,240 @@
+"""One attempt at one step: run the child, store what it makes, and report how it ended."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+import structlog
+
+from app.database import SyncDatabase
+from app.jobs.commits import IncompleteResult, Produced, commit_layer, commit_progress, finish_step
+from app.jobs.dispatch import WakeListener
+from app.jobs.lease import (
+    WORKER_LOST,
+    Failure,
+    Lease,
+    LeaseLost,
+    RetryPolicy,
+    acknowledge_cancel,
+    fail,
+    release,
+)
+from app.jobs.vocabulary import JobErrorCode, StepName
+from app.settings import Settings
+from app.storage import Storage, StorageError
+from workers.child import Child
+from workers.heartbeat import Heartbeat, Stop
+from workers.orders import load_order, prepare
+from workers.protocol import Error, File, Progress, ProtocolError, Request, Result
+
+MAX_MESSAGE_CHARACTERS = 2_000
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Done:
+    """The step's result and the files that become visible with it."""
+
+    data: dict[str, Any]
+    files: list[Produced]
+
+
+class Attempt:
+    """A claimed step on its way.
+
+    `run` returns when the step is no longer this worker's, whatever happened.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        *,
+        database: SyncDatabase,
+        storage: Storage,
+        settings: Settings,
+        wake: WakeListener,
+        work_dir: Path,
+    ) -> None:
+        self._lease = lease
+        self._database = database
+        self._storage = storage
+        self._settings = settings
+        self._folder = work_dir / f"{lease.step_id}-{lease.fence}"
+        self._child: Child | None = None
+        self._child_guard = threading.Lock()
+        self._draining = False
+        self._progress_at = float("-inf")
+        self._phase = ""
+        self._log = log.bind(job=lease.job_id, step=lease.step, fence=lease.fence)
+        self._heartbeat = Heartbeat(database, lease, settings, wake, stop_work=self._kill_child)
+
+    def run(self) -> None:
+        self._log.info("attempt.started")
+        try:
+            with self._heartbeat:
+                outcome = self._work()
+            self._conclude(self._heartbeat.reason or outcome)
+        except LeaseLost:
+            self._log.warning("attempt.lease_lost")
+        finally:
+            self._kill_child()
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def drain(self) -> None:
+        """Planned shutdown.
+
+        Stop after the layer in hand, or after the time allowed. Callable from a signal handler.
+        """
+        self._draining = True
+        self._heartbeat.drain()
+
+    def _work(self) -> Done | Failure:
+        try:
+            order = self._database.read(load_order, self._lease)
+            if self._lease.step is StepName.FIT and not order.layers:
+                return Done({}, [])  # the worker before us died between its last layer and its report
+            request = prepare(order, self._lease, self._storage, self._settings, self._folder)
+            return self._run_child(request)
+        except (StorageError, OSError) as error:
+            return Failure(JobErrorCode.STORAGE_ERROR, str(error), retryable=True)
+        except (ProtocolError, IncompleteResult) as error:
+            return Failure(JobErrorCode.INTERNAL, f"The runner broke its protocol: {error}", retryable=False)
+        finally:
+            self._kill_child()
+
+    def _run_child(self, request: Request) -> Done | Failure:
+        settings = self._settings
+        child = Child(settings.runner_command, request, environment=settings.runner_environment)
+        with self._child_guard:
+            self._child = child
+        if self._heartbeat.reason is not None:  # stopped before there was a child to kill
+            child.kill()
+        files: list[Produced] = []
+        end: Result | Error | None = None
+        for message in child.messages():
+            if end is not None:
+                raise ProtocolError("a message after the last one")
+            match message:
+                case Progress():
+                    self._show(message)
+                case File():
+                    self._take(message, Path(request.workdir), files)
+                case Result() | Error():
+                    end = message
+                case _:
+                    assert_never(message)
+        status = child.wait()
+        if status != 0 and self._heartbeat.reason is None:
+            self._log.warning("child.failed", status=status, stderr=child.stderr_tail())
+        if isinstance(end, Error):
+            return _failure(end)
+        if status != 0:
+            return WORKER_LOST
+        if end is None:
+            raise ProtocolError("it ended without a result")
+        return Done(end.data, files)
+
+    def _take(self, message: File, workdir: Path, files: list[Produced]) -> None:
+        """Object first, row second: the upload is whole and verified before anything refers to it."""
+        path = Path(message.path)
+        if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(workdir.resolve()):
+            raise ProtocolError(f"{message.name} is not a file of the working folder")
+        if any(message.name == other.filename for other in files):
+            raise ProtocolError(f"{message.name} was made twice")
+        lease = self._lease
+        key = f"jobs/{lease.job_id}/{lease.step_id}/{lease.fence}/{message.name}"
+        stored = self._storage.put_file(key, path)
+        produced = Produced(
+            filename=message.name,
+            object_key=key,
+            bytes=stored.bytes,
+            sha256=stored.sha256,
+            media_type=message.media_type,
+            layer=message.layer,
+            metrics=message.metrics,
+        )
+        if message.layer is None:
+            files.append(produced)
+            return
+        if lease.step is not StepName.FIT:
+            raise ProtocolError("only a fit step makes layers")
+        self._database.write(commit_layer, lease, produced)
+        self._log.info("layer.committed", layer=message.layer)
+        path.unlink()
+        if self._draining:
+            self._heartbeat.stop(Stop.DRAINED)
+
+    def _show(self, message: Progress) -> None:
+        """Write progress at most once in a while, but every new phase and every end."""
+        moment = time.monotonic()
+        due = moment - self._progress_at >= self._settings.progress_seconds
+        if due or message.phase != self._phase or message.done == message.total:
+            self._progress_at, self._phase = moment, message.phase
+            self._database.write(
+                commit_progress,
+                self._lease,
+                phase=message.phase,
+                done=message.done,
+                total=message.total,
+                unit=message.unit,
+            )
+
+    def _conclude(self, outcome: Done | Failure | Stop) -> None:
+        """The last write of this lease."""
+        lease = self._lease
+        match outcome:
+            case Done():
+                self._finish(outcome)
+            case Failure():
+                self._fail(outcome)
+            case Stop.CANCELLED:
+                self._database.write(acknowledge_cancel, lease)
+                self._log.info("attempt.cancelled")
+            case Stop.DRAINED:
+                self._database.write(release, lease)
+                self._log.info("attempt.released")
+            case Stop.LOST:
+                raise LeaseLost
+            case _:
+                assert_never(outcome)
+
+    def _finish(self, done: Done) -> None:
+        try:
+            self._database.write(
+                finish_step,
+                self._lease,
+                files=done.files,
+                data=done.data,
+                layers_per_fit_step=self._settings.layers_per_fit_step,
+            )
+        except IncompleteResult as error:
+            self._fail(Failure(JobErrorCode.INTERNAL, f"The runner broke its protocol: {error}", False))
+        else:
+            self._log.info("attempt.succeeded")
+
+    def _fail(self, failure: Failure) -> None:
+        policy = RetryPolicy(self._settings.max_failures, self._settings.retry_backoff_seconds)
+        again = self._database.write(fail, self._lease, failure, policy)
+        self._log.warning("attempt.failed", code=failure.code, message=failure.message, again=again)
+
+    def _kill_child(self) -> None:
+        with self._child_guard:
+            if self._child is not None:
+                self._child.kill()
+
+
+def _failure(error: Error) -> Failure:
+    known = error.code in set(JobErrorCode)
+    return Failure(
+        JobErrorCode(error.code) if known else JobErrorCode.INTERNAL,
+        error.message[:MAX_MESSAGE_CHARACTERS],
+        retryable=error.retryable,
+        layer=error.layer,
+        best=error.best,
+    )

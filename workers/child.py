@@ -1,0 +1,110 @@
+"""A runner process: started with nothing it does not need, read line by line, killed as a whole group."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from workers.protocol import MAX_LINE_BYTES, Error, File, Progress, Request, Result, parse
+
+STDERR_TAIL_BYTES = 16_384
+_TETHER = Path(__file__).with_name("tether.py")
+
+# What a Python program with torch and a model hub needs. Database and storage credentials are not among it.
+_PASSED_ON = (
+    "PATH",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "XDG_CACHE_HOME",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "HF_ENDPOINT",
+    "SSL_CERT_FILE",
+)
+
+
+class Child:
+    """One run of the runner."""
+
+    def __init__(self, command: Sequence[str], request: Request, *, environment: Sequence[str]) -> None:
+        names = (*_PASSED_ON, *environment)
+        passed_on = {name: os.environ[name] for name in names if name in os.environ}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**passed_on, "TMPDIR": request.workdir, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+        self._tail = b""
+        self._tail_reader = threading.Thread(target=self._read_stderr, name="child-stderr", daemon=True)
+        self._tail_reader.start()
+        self._ender = threading.Thread(target=self._end_group, name="child-end", daemon=True)
+        self._ender.start()
+        stdin = self._pipe(self._process.stdin)
+        with contextlib.suppress(BrokenPipeError):  # a child that died at once shows in its exit status
+            stdin.write(request.model_dump_json().encode())
+            stdin.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def messages(self) -> Iterator[Progress | File | Result | Error]:
+        """Messages until the child closes its stdout. Raises `ProtocolError`."""
+        stdout = self._pipe(self._process.stdout)
+        while line := stdout.readline(MAX_LINE_BYTES + 1):
+            if not line.endswith(b"\n") and len(line) <= MAX_LINE_BYTES:
+                return  # killed in the middle of a line
+            yield parse(line)
+
+    def kill(self) -> None:
+        """Kill the whole group, at once. Safe from any thread and after the end."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def wait(self) -> int:
+        """Exit status, negative for a signal."""
+        self._ender.join()
+        self._tail_reader.join()
+        return self._process.wait()
+
+    def stderr_tail(self) -> str:
+        return self._tail.decode(errors="replace")
+
+    def _end_group(self) -> None:
+        """When the child ends, end what it left running.
+
+        A grandchild that holds the pipes would hold us, too.
+        """
+        self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _read_stderr(self) -> None:
+        stderr = self._pipe(self._process.stderr)
+        while chunk := os.read(stderr.fileno(), 65_536):
+            self._tail = (self._tail + chunk)[-STDERR_TAIL_BYTES:]
+
+    @staticmethod
+    def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
+        assert pipe is not None, "every stream of the child is a pipe"
+        return pipe

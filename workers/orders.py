@@ -1,0 +1,149 @@
+"""From rows to a runner's request: what a step needs to know and to have at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from app.artifacts.repository import files_of_job
+from app.datasets.repository import get_dataset
+from app.jobs import repository
+from app.jobs.lease import Lease, LeaseLost
+from app.jobs.models import Job
+from app.jobs.vocabulary import StepName
+from app.profiles.repository import get_profile
+from app.settings import Settings
+from app.storage import Storage
+from workers.protocol import Budget, DatasetRef, ModelRef, Request, RunSettings
+
+
+@dataclass(frozen=True)
+class Source:
+    """An object to fetch before the step begins."""
+
+    filename: str
+    object_key: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """A claimed step with everything that the database knows about it."""
+
+    job_id: str
+    model: ModelRef
+    spec: dict[str, Any]
+    budget: Budget
+    form: str
+    layers: list[int]
+    inputs: list[Source]
+    dataset: Source | None
+    dataset_format: str | None
+
+
+# Files of earlier steps that a step reads.
+_READS: dict[StepName, tuple[StepName, ...]] = {
+    StepName.RESOLVE: (),
+    StepName.CALIBRATE: (),
+    StepName.FIT: (StepName.CALIBRATE,),
+    StepName.PROFILE: (StepName.CALIBRATE, StepName.FIT),
+    StepName.PACKAGE: (StepName.CALIBRATE, StepName.PROFILE),
+    StepName.EVALUATE: (StepName.CALIBRATE, StepName.PACKAGE),
+}
+# The plot is for people; no step reads it.
+_NOT_READ = {"profile.png"}
+
+
+def load_order(session: Session, lease: Lease) -> Order:
+    """Read the order of a claimed step."""
+    job = repository.get_job(session, lease.job_id)
+    if job is None:
+        raise LeaseLost
+    origin = _origin(session, job)
+    reads = _READS[lease.step]
+    # What was fitted comes from the origin, what was packed is always this job's own.
+    fitted = files_of_job(session, origin.id, *(name for name in reads if name is not StepName.PACKAGE))
+    files = fitted | files_of_job(session, job.id, *reads)
+    dataset = get_dataset(session, origin.dataset_id) if origin.dataset_id is not None else None
+    source = None
+    if dataset is not None and lease.step is StepName.CALIBRATE:
+        assert dataset.object_key is not None, "jobs take ready datasets only"
+        assert dataset.sha256 is not None
+        source = Source(f"dataset.{dataset.format}", dataset.object_key, dataset.sha256)
+    resolved: dict[str, Any] = job.resolved.get("model") or origin.spec["model"]
+    return Order(
+        job_id=job.id,
+        model=ModelRef(id=resolved["id"], revision=resolved["revision"]),
+        spec=origin.spec,
+        budget=Budget(**job.spec["budget"]),
+        form=job.spec["form"],
+        layers=_owed_layers(session, lease),
+        inputs=[
+            Source(file.filename, file.object_key, file.sha256)
+            for file in files.values()
+            if file.filename not in _NOT_READ
+        ],
+        dataset=source,
+        dataset_format=None if dataset is None else dataset.format,
+    )
+
+
+def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, folder: Path) -> Request:
+    """Fetch the inputs into the (new) folder, with their digests checked, and write the request.
+
+    Raises `StorageError`.
+    """
+    inputs, workdir = folder / "inputs", folder / "work"
+    inputs.mkdir(parents=True)
+    workdir.mkdir()
+    for source in order.inputs:
+        storage.fetch(source.object_key, inputs / source.filename, sha256=source.sha256)
+    asked = order.spec["dataset"]
+    dataset = asked["source"] or asked["id"]
+    if order.dataset is not None:
+        path = folder / order.dataset.filename
+        storage.fetch(order.dataset.object_key, path, sha256=order.dataset.sha256)
+        dataset = str(path)
+    method = order.spec["method"]
+    return Request(
+        step=lease.step,
+        job_id=order.job_id,
+        workdir=str(workdir),
+        model=order.model,
+        dataset=DatasetRef(source=dataset, format=order.dataset_format, field=asked["field"]),
+        settings=RunSettings(
+            method=method["type"],
+            sharing=method["sharing"],
+            key_mode=method["key_mode"],
+            parameterisation=method["parameterisation"],
+            num_samples=asked["num_samples"],
+            sequence_length=asked["sequence_length"],
+            seed=order.spec["seed"],
+            steps=method["steps"],
+            device=settings.device,
+        ),
+        budget=order.budget,
+        form=order.form,
+        layers=order.layers,
+        inputs={source.filename: str(inputs / source.filename) for source in order.inputs},
+    )
+
+
+def _origin(session: Session, job: Job) -> Job:
+    """The job that fitted: this one, or the one behind the profile that this one starts from."""
+    if job.profile_id is None:
+        return job
+    profile = get_profile(session, job.profile_id)
+    origin = repository.get_job(session, profile.job_id) if profile is not None else None
+    assert origin is not None, "foreign keys keep the profile and its job"
+    return origin
+
+
+def _owed_layers(session: Session, lease: Lease) -> list[int]:
+    """Layers of a fit step that are not committed yet."""
+    step = next(step for step in repository.steps_of(session, [lease.job_id]) if step.id == lease.step_id)
+    committed = {layer.layer for layer in repository.committed_layers(session, lease.job_id)}
+    return [layer for layer in step.layers or [] if layer not in committed]

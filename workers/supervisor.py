@@ -1,0 +1,121 @@
+"""The claim loop of a worker: claim a step, run it in a child process, again.
+
+Start it with `python -m workers.supervisor`; settings come from the environment. The database alone decides
+what runs: the loop may be killed at any point and loses at most the layer in hand. SIGTERM drains: the layer
+in hand is finished if time allows, the lease is released, and the step waits for the next worker at no cost.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+from types import FrameType
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.database import SyncDatabase
+from app.jobs.dispatch import WakeListener
+from app.jobs.lease import Lease, RetryPolicy, claim
+from app.jobs.reaper import return_lost
+from app.logs import configure
+from app.settings import Settings
+from app.storage import Storage
+from workers.attempt import Attempt
+
+log = structlog.get_logger(__name__)
+
+
+class Supervisor:
+    """One worker: at most one step, and so one child, at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+        self._work_dir = settings.work_dir / self._name
+        self._database = SyncDatabase(settings.resolved_database_url)
+        self._storage = Storage(settings.resolved_storage_url)
+        self._wake = WakeListener(settings.wake_file)
+        self._stopping = False
+        self._attempt: Attempt | None = None
+
+    def run(self) -> None:
+        """Work until `stop`; then `close`."""
+        self._take_back_own_leases()
+        log.info("worker.started", worker=self._name)
+        while not self._stopping:
+            lease = self._claim()
+            if lease is None:
+                if not self._stopping:
+                    self._wake.wait(self._settings.idle_poll_seconds)
+                continue
+            self._run(lease)
+        log.info("worker.stopped", worker=self._name)
+
+    def close(self) -> None:
+        """Give back what the supervisor holds open. Nobody may call `stop` any more."""
+        self._wake.close()
+        self._database.close()
+
+    def stop(self) -> None:
+        """Drain and end. Callable from a signal handler."""
+        self._stopping = True
+        if self._attempt is not None:
+            self._attempt.drain()
+        self._wake.wake()
+
+    def _take_back_own_leases(self) -> None:
+        """A worker name has one living owner, so leases and folders under it are a dead predecessor's."""
+        if self._settings.worker_name:
+            policy = RetryPolicy(self._settings.max_failures, self._settings.retry_backoff_seconds)
+            returned = self._database.write(return_lost, policy, owner=self._name)
+            if returned:
+                log.warning("worker.took_back_leases", count=returned)
+            shutil.rmtree(self._work_dir, ignore_errors=True)
+
+    def _claim(self) -> Lease | None:
+        try:
+            return self._database.write(claim, owner=self._name, lease_seconds=self._settings.lease_seconds)
+        except SQLAlchemyError as error:
+            log.warning("claim.failed", error=str(error).partition("\n")[0])
+            return None
+
+    def _run(self, lease: Lease) -> None:
+        self._attempt = Attempt(
+            lease,
+            database=self._database,
+            storage=self._storage,
+            settings=self._settings,
+            wake=self._wake,
+            work_dir=self._work_dir,
+        )
+        if self._stopping:  # the signal came between the claim and here
+            self._attempt.drain()
+        try:
+            self._attempt.run()
+        except SQLAlchemyError as error:
+            # Nothing can be reported; the lease runs out and the reaper returns the step.
+            log.error("attempt.abandoned", job=lease.job_id, error=str(error).partition("\n")[0])
+        finally:
+            self._attempt = None
+
+
+def main() -> None:
+    configure()
+    supervisor = Supervisor(Settings())
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        supervisor.stop()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    supervisor.run()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    supervisor.close()
+
+
+if __name__ == "__main__":
+    main()
