@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 log = structlog.get_logger(__name__)
 
 PROBLEM_JSON = "application/problem+json"
-_TYPE_BASE = "https://orthokv.dev/problems/"
+_TYPE_BASE = "urn:orthokv:problem:"
 
 
 class Code(StrEnum):
