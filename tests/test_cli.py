@@ -643,7 +643,7 @@ def test_compare_refuses_what_cannot_be_compared(
 ) -> None:
     options = {"--kept": "0.5", "--methods": "eigen:tied", option: value}
     said = run(
-        "compare", DEMO, "--dataset", text, *(x for pair in options.items() for x in pair), "--num-samples", 2,
+        "compare", DEMO, "--dataset", text, "--eval", text, *(x for pair in options.items() for x in pair), "--num-samples", 2,
         "--sequence-length", 8, "--eval-samples", 1,
     )  # fmt: skip
     refused(said, tmp_path / "out", named)

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hub import Hub, Repo, serve_hub
+from tests.hub import Hub, Repo, serve_hub
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub import Hub, Repo, serve_hub
+from tests.hub import Hub, Repo, serve_hub
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
