@@ -13,7 +13,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tests.hub import Hub, Repo, serve_hub
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from orthokv import dataset
 from orthokv.dataset import Blocks, TextSource, load_blocks, pack, read_texts, self_text
 from orthokv.errors import InvalidDataset, InvalidModel, InvalidSetting, StorageError
+from tests.hub import Hub, Repo, serve_hub
 
 DEMO = Path(__file__).parent.parent / "demo" / "demo-llama-3m"
 TEXTS = ["The quick brown fox.", "Ängström — naïve façade ☕\nsecond line", "x" * 300]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.hub import Hub, Repo, serve_hub
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -32,6 +31,7 @@ from orthokv.errors import (
     UnsupportedModel,
 )
 from orthokv.source import ModelSource, load_model, load_tokenizer, resolve_device, resolve_model
+from tests.hub import Hub, Repo, serve_hub
 
 DEMO = Path(__file__).parent.parent / "demo" / "demo-llama-3m"
 PICKLE = b"\x80\x04cposix\nsystem\n"
