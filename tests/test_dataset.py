@@ -422,12 +422,13 @@ def test_altered_truncated_foreign_and_missing_blocks_are_refused(tmp_path: Path
     with pytest.raises(InvalidDataset, match="cannot be read"):
         Blocks.load(path)
     save_file({"tokens": blocks.tokens}, path)
-    with pytest.raises(InvalidDataset, match="holds no token blocks: 'digest' is missing"):
+    with pytest.raises(InvalidDataset, match="holds no token blocks: 'orthokv' is missing"):
         Blocks.load(path)
-    save_file({"other": blocks.tokens}, path, {"digest": blocks.digest, "source": ""})
+    described = {"orthokv": json.dumps({"digest": blocks.digest, "source": ""})}
+    save_file({"other": blocks.tokens}, path, described)
     with pytest.raises(InvalidDataset, match="cannot be read"):
         Blocks.load(path)
-    save_file({"tokens": blocks.tokens.float()}, path, {"digest": blocks.digest, "source": ""})
+    save_file({"tokens": blocks.tokens.float()}, path, described)
     with pytest.raises(InvalidDataset, match=r"must be torch.int64 \[samples, length\], not torch.float32"):
         Blocks.load(path)
     with pytest.raises(InvalidDataset, match="cannot be read"):

@@ -99,7 +99,7 @@ def profile_of(
             "id": "/home/someone/models/demo-llama",
             "revision": None,
             "digest": "ef" * 32,
-            "fingerprints": {},
+            "fingerprints": {"float32": "a", "bfloat16": "b", "float16": "c"},
         },
         "dataset": {
             "source": "/home/someone/data/calib.jsonl",
