@@ -53,19 +53,16 @@ def say(text: str) -> None:
     console.print(f"\n[bold]{text}[/bold]", highlight=False)
 
 
-def orthokv(*arguments: str, capture: bool = False) -> str:
+def orthokv(*arguments: str) -> None:
     """Run one command of the product, shown as a user would type it; its output is the user's to see."""
     shown = [
         "orthokv",
         *(str(Path(a).relative_to(ROOT)) if a.startswith(str(ROOT)) else a for a in arguments),
     ]
     console.print(f"$ {shlex.join(shown)}", style="dim", highlight=False, soft_wrap=True)
-    done = subprocess.run(
-        [*ORTHOKV, *arguments], text=True, stdout=subprocess.PIPE if capture else None, check=False
-    )
+    done = subprocess.run([*ORTHOKV, *arguments], check=False)
     if done.returncode:
         sys.exit(f"the demo stops: 'orthokv {arguments[0]}' ended with code {done.returncode}")
-    return done.stdout or ""
 
 
 @contextmanager

@@ -174,10 +174,12 @@ def calibrate(job: Job) -> dict[str, Any]:
 
 
 def fit(job: Job) -> dict[str, Any]:
-    model, blocks = load(job.source(), job.device), job.blocks()
+    # Once: resolving a source reads every weight for its digest.
+    source, blocks = job.source(), job.blocks()
+    model, geometry = load(source, job.device), read_geometry(source)
     for layer in fit_layers(model, blocks, job.settings, job.request["layers"], job.wire.progress):
         path = job.workdir / f"layer-{layer.index:03d}.safetensors"
-        layer.save(path, read_geometry(job.source()))
+        layer.save(path, geometry)
         half = len(layer.ranks_key) // 2, len(layer.ranks_value) // 2
         job.wire.file(
             path, layer=layer.index, error=float(layer.error[half]), cosine=float(layer.cosine[half])
