@@ -102,16 +102,21 @@ def serve(
 @jobs.command()
 def submit(
     model: Annotated[str, typer.Option(help="A local folder or a hub id.")],
-    dataset: Annotated[str, typer.Option(help="A file, or `self`.")],
+    dataset: Annotated[
+        list[str], typer.Option(help="A file, or `self`. Given several times: a mixture in equal parts.")
+    ],
     kept: Annotated[float | None, typer.Option(help="Budget: share of cache bytes to keep.")] = None,
     layer_error: Annotated[float | None, typer.Option(help="Budget: error of the worst layer.")] = None,
     perplexity_increase: Annotated[float | None, typer.Option(help="Budget: relative increase.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
-    method: Method = Method.stiefel,
+    method: Method = Method.oblique,
     sharing: Sharing = Sharing.joint,
     key_mode: KeyMode = KeyMode.pre,
     parameterisation: Parameterisation = Parameterisation.direct,
     steps: Annotated[int | None, typer.Option(help="Optimisation steps per layer.")] = None,
+    refine_steps: Annotated[
+        int | None, typer.Option(help="Steps of the last stage, all layers together; 0 leaves it out.")
+    ] = None,
     num_samples: int = 64,
     sequence_length: int = 1024,
     field: Annotated[str, typer.Option(help="Where a JSONL or Parquet row has its text.")] = "text",
@@ -128,8 +133,9 @@ def submit(
     given = [(metric, value) for metric, value in budgets.items() if value is not None]
     if len(given) != 1:
         raise _stop("give exactly one of --kept, --layer-error, --perplexity-increase", BAD_INPUT)
-    if dataset != "self" and not Path(dataset).is_file():
-        raise _stop(f"{dataset} is not a file", BAD_INPUT)
+    for name in dataset:
+        if name != "self" and not Path(name).is_file():
+            raise _stop(f"{name} is not a file", BAD_INPUT)
     body: dict[str, Any] = {
         "model": {"id": _model_id(model), "revision": revision},
         "budget": {"metric": given[0][0], "value": given[0][1]},
@@ -139,18 +145,20 @@ def submit(
             "key_mode": key_mode,
             "parameterisation": parameterisation,
             "steps": steps,
+            "refine_steps": refine_steps,
         },
         "form": form,
         "seed": seed,
     }
     with _connected(url) as client:
-        origin = (
+        texts = [
             {"source": "self"}
-            if dataset == "self"
-            else {"id": client.upload(Path(dataset), kind=dataset_format)}
-        )
-        amount = {"num_samples": num_samples, "sequence_length": sequence_length, "field": field}
-        job = client.call("POST", "/v1/jobs", json={**body, "dataset": {**origin, **amount}})
+            if name == "self"
+            else {"id": client.upload(Path(name), kind=dataset_format), "field": field}
+            for name in dataset
+        ]
+        amount = {"num_samples": num_samples, "sequence_length": sequence_length, "also": texts[1:]}
+        job = client.call("POST", "/v1/jobs", json={**body, "dataset": {**texts[0], **amount}})
         typer.echo(job["id"])
         if wait:
             _follow(client, job["id"])

@@ -184,7 +184,7 @@ def measure(checkpoints: dict[float, Path], dataset: Path) -> list[ComparisonRow
     source = resolve_model(str(MODEL))
     model = load(source, "cpu")
     # The paper's recipe has up to 50 epochs; a few show where it is heading without the wait.
-    settings = FitSettings(num_samples=SAMPLES, sequence_length=LENGTH, epochs=PREDICTOR_EPOCHS)
+    settings = FitSettings("stiefel", num_samples=SAMPLES, sequence_length=LENGTH, epochs=PREDICTOR_EPOCHS)
     blocks = prepare_blocks(source, TextSource(str(dataset)), settings, model)
     evaluation = self_text(
         model, num_samples=EVALUATION_SAMPLES, sequence_length=LENGTH, seed=1, batch_size=EVALUATION_SAMPLES
@@ -197,7 +197,7 @@ def measure(checkpoints: dict[float, Path], dataset: Path) -> list[ComparisonRow
         errors = measured["layer_error"]
         rows.append(
             ComparisonRow(
-                method="stiefel (default)",
+                method="oblique (default)",
                 sharing=checkpoint.sharing,
                 key_mode=checkpoint.key_mode,
                 kept_asked=share,

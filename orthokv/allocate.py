@@ -295,6 +295,13 @@ def check_reachable(geometry: AttentionGeometry, sharing: Sharing, key_mode: Key
         raise _below_smallest(budget, best)
 
 
+def smallest_kept(profile: ErrorProfile) -> float:
+    """The smallest share of the cache that a plan of this profile can keep."""
+    smallest = sum(int(_options(layer, 1.0).bytes.min()) for layer in profile.layers)
+    fixed = position_bytes(profile.geometry, profile.key_mode)
+    return (smallest + fixed) / profile.geometry.dense_bytes_per_token
+
+
 def threshold_ranks(profile: ErrorProfile, error_budget: float) -> list[tuple[int, int]]:
     """EigenAttention's rule, as released: one threshold on the summed singular values, for keys and values together.
 
@@ -367,9 +374,7 @@ def allocate_for_perplexity(
     Raises:
         BudgetUnreachable: even the best plan that is smaller than the uncompressed cache exceeds the budget.
     """
-    smallest = sum(int(_options(layer, 1.0).bytes.min()) for layer in profile.layers)
-    fixed = position_bytes(profile.geometry, profile.key_mode)
-    low, high = (smallest + fixed) / profile.geometry.dense_bytes_per_token, 1.0
+    low, high = smallest_kept(profile), 1.0
     best = allocate(profile, Budget("kept", high))
     reached = increase(best)
     if not reached <= budget.value:  # also where it is not a number

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ from typer._click.exceptions import ClickException, NoArgsIsHelpError
 from orthokv.budget import Budget
 from orthokv.errors import BudgetUnreachable, OrthoKVError
 from orthokv.progress import BarReporter, PlainReporter, Reporter
+
+if TYPE_CHECKING:
+    from orthokv.dataset import TextMixture, TextSource
 
 app = typer.Typer(
     name="orthokv",
@@ -33,9 +36,10 @@ out_console = Console(width=None if sys.stdout.isatty() else 120)
 err_console = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A local folder or a hub id; safetensors only, no remote code.")]
-Dataset = Annotated[
-    str,
-    typer.Option(help="JSONL, plain text, Parquet, a hub data set id, or 'self': the model writes its own."),
+_TEXT = "JSONL, plain text, Parquet, a hub data set id, or 'self': the model writes its own."
+Dataset = Annotated[str, typer.Option(help=_TEXT)]
+Datasets = Annotated[
+    list[str], typer.Option("--dataset", help=f"{_TEXT} Given several times: a mixture in equal parts.")
 ]
 Field = Annotated[str, typer.Option(help="The field of a row that holds the text.")]
 Revision = Annotated[str | None, typer.Option(help="Commit, tag or branch of a hub model.")]
@@ -45,6 +49,12 @@ LayerError = Annotated[
 ]
 Increase = Annotated[
     float | None, typer.Option(help="Largest relative increase of perplexity, checked on held-out text.")
+]
+RefineSteps = Annotated[
+    int | None,
+    typer.Option(
+        help="Steps of the last stage, all layers together; 0 leaves it out. Default: the method's own."
+    ),
 ]
 Samples = Annotated[int, typer.Option(help="Number of token blocks.")]
 Length = Annotated[int, typer.Option(help="Tokens in a block.")]
@@ -64,20 +74,28 @@ def reporter() -> Iterator[Reporter]:
         yield PlainReporter()
 
 
+def _text(names: list[str], field: str) -> TextSource | TextMixture:
+    from orthokv.dataset import TextMixture, TextSource
+
+    parts = tuple(TextSource(name, field=field) for name in names)
+    return parts[0] if len(parts) == 1 else TextMixture(parts)
+
+
 @app.command()
 def compress(
     model: Model,
-    dataset: Dataset,
+    dataset: Datasets,
     out: Out,
     kept: Kept = None,
     layer_error: LayerError = None,
     perplexity_increase: Increase = None,
-    method: Annotated[str, typer.Option(help="stiefel, eigen, weighted or oblique.")] = "stiefel",
+    method: Annotated[str, typer.Option(help="oblique, stiefel, weighted or eigen.")] = "oblique",
     sharing: Annotated[str, typer.Option(help="joint, tied or head: which heads share a basis.")] = "joint",
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     parameterisation: Annotated[str | None, typer.Option(help="stiefel only: direct or predictor.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the blocks of stiefel's predictor.")] = None,
+    refine_steps: RefineSteps = None,
     num_samples: Samples = 64,
     sequence_length: Length = 1024,
     field: Field = "text",
@@ -90,7 +108,6 @@ def compress(
     """Fit bases, choose ranks for a budget and write a checkpoint."""
     budget = Budget.from_options(kept=kept, layer_error=layer_error, perplexity_increase=perplexity_increase)
     from orthokv.checkpoint import FORMS
-    from orthokv.dataset import TextSource
     from orthokv.errors import InvalidSetting
     from orthokv.pipeline import FitSettings
     from orthokv.pipeline import compress as run
@@ -105,6 +122,7 @@ def compress(
         parameterisation=parameterisation,
         steps=steps,
         epochs=epochs,
+        refine_steps=refine_steps,
         num_samples=num_samples,
         sequence_length=sequence_length,
         seed=seed,
@@ -114,7 +132,7 @@ def compress(
     with reporter() as report:
         made = run(
             source,
-            TextSource(dataset, field=field),
+            _text(dataset, field),
             budget,
             out,
             settings,
@@ -180,7 +198,7 @@ def evaluate(
 @app.command()
 def compare(
     model: Model,
-    dataset: Dataset,
+    dataset: Datasets,
     kept: Annotated[str, typer.Option(help="Shares of bytes, separated by commas.")],
     methods: Annotated[str, typer.Option(help="method:sharing[:parameterisation], separated by commas.")],
     evaluation: Annotated[str, typer.Option("--eval", help="Text to evaluate on, other than --dataset.")],
@@ -215,6 +233,7 @@ def compare(
     if allocation not in ALLOCATIONS[:2]:
         raise InvalidSetting(f"allocation must be one of {', '.join(ALLOCATIONS[:2])}, not {allocation!r}")
     settings = FitSettings(
+        method="stiefel",  # the one that has all hyper-parameters; each choice takes those that it has
         key_mode=key_mode,  # type: ignore[arg-type]
         num_samples=num_samples,
         sequence_length=sequence_length,
@@ -225,7 +244,7 @@ def compare(
     source = resolve_model(model, revision=revision)
     loaded = load(source, device)
     with reporter() as report:
-        blocks = prepare_blocks(source, TextSource(dataset, field=field), settings, loaded, report)
+        blocks = prepare_blocks(source, _text(dataset, field), settings, loaded, report)
         held_out = load_blocks(
             TextSource(evaluation, field=field),
             load_tokenizer(source),

@@ -12,7 +12,7 @@ import json
 import re
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -32,6 +32,8 @@ SUFFIXES |= {".txt": "text", ".md": "text", ".parquet": "parquet"}
 SAFE_BUILDERS = ("json", "parquet", "text", "csv", "arrow")
 MAX_ROW_BYTES = 64 << 20
 CHUNK_CHARACTERS = 1 << 16
+# How many times the needed text is read at most, to take the blocks evenly from it.
+SPREAD = 8
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # A single space goes with the word behind it, as tokenizers have it: the pieces give the tokens of the whole.
 _CUTS = (re.compile(r".*\S(?= \S)", re.DOTALL), re.compile(r".*\n", re.DOTALL))
@@ -69,6 +71,37 @@ class TextSource:
         if _HUB_ID.fullmatch(self.source):
             return "hub"
         raise InvalidDataset(f"{path} does not exist")
+
+
+@dataclass(frozen=True)
+class TextMixture:
+    """Several texts, with an equal number of blocks from each (the first ones have one more where it does not divide).
+
+    Bases fitted on one domain cost far more on another, so a model that serves several wants a mixture.
+
+    Raises:
+        InvalidSetting: there are fewer than two parts, or one is named twice.
+    """
+
+    parts: tuple[TextSource, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.parts) < 2:
+            raise InvalidSetting(f"a mixture needs at least 2 texts, not {len(self.parts)}")
+        for part in self.parts:
+            if self.parts.count(part) > 1:
+                raise InvalidSetting(f"the mixture names {part.source} twice")
+
+    @property
+    def source(self) -> str:
+        return " + ".join(part.source for part in self.parts)
+
+    def shares(self, num_samples: int) -> list[int]:
+        """Blocks of each part; InvalidSetting where there are fewer blocks than parts."""
+        count = len(self.parts)
+        if num_samples < count:
+            raise InvalidSetting(f"{num_samples} samples cannot be shared among {count} texts")
+        return [num_samples // count + (i < num_samples % count) for i in range(count)]
 
 
 def read_texts(source: TextSource) -> Iterator[str]:
@@ -220,6 +253,12 @@ def _extra(module: str, source: TextSource) -> Any:
         raise InvalidDataset(f"reading {source.source} needs pip install 'orthokv[datasets]'") from error
 
 
+def evenly(count: int, wanted: int) -> list[int]:
+    """``min(wanted, count)`` indices spread evenly over ``range(count)``: every part of a text or mixture has its share."""
+    wanted = min(wanted, count)
+    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+
+
 @dataclass(frozen=True, eq=False)
 class Blocks:
     """Packed text. ``tokens``: int64 ``[num_samples, sequence_length]``, on the CPU.
@@ -246,12 +285,17 @@ class Blocks:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
+    def take(self, indices: Sequence[int]) -> Blocks:
+        """The samples at ``indices``, in that order."""
+        return Blocks.of(self.tokens[list(indices)], self.source)
+
     def split(self, holdout: int) -> tuple[Blocks, Blocks]:
-        """All but the last ``holdout`` samples, and those; raises InvalidSetting where one part is empty."""
+        """All but ``holdout`` evenly spaced samples, and those; raises InvalidSetting where one part is empty."""
         if not 1 <= holdout < len(self):
             raise InvalidSetting(f"a holdout of {holdout} leaves one part of {len(self)} samples empty")
-        kept, held = self.tokens[:-holdout], self.tokens[-holdout:]
-        return Blocks.of(kept, self.source), Blocks.of(held, self.source)
+        held = evenly(len(self), holdout)
+        kept = sorted(set(range(len(self))) - set(held))
+        return self.take(kept), self.take(held)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all; raises StorageError."""
@@ -293,13 +337,18 @@ def load_blocks(
     sequence_length: int,
     max_positions: int | None = None,
 ) -> Blocks:
-    """Read and pack ``source``; see :func:`read_texts` and :func:`pack` (``self``: :func:`self_text`)."""
+    """Read and pack ``source``; see :func:`read_texts` and :func:`pack` (``self``: :func:`self_text`).
+
+    Up to :data:`SPREAD` times as much text as needed is read and the blocks are taken evenly from it: consecutive blocks of
+    one long document say much less about a text than as many blocks of different documents.
+    """
     _check_shape(num_samples, sequence_length, max_positions)  # before a download starts
     return pack(
         read_texts(source),
         tokenizer,
         num_samples=num_samples,
         sequence_length=sequence_length,
+        spread=SPREAD,
         # A file of plain text is one document, whatever chunks it is read in.
         separate=source.resolved_format() != "text",
         source=source.source,
@@ -314,12 +363,14 @@ def pack(
     sequence_length: int,
     max_positions: int | None = None,
     separate: bool = True,
+    spread: int = 1,
     source: str = "text",
 ) -> Blocks:
     """Tokenise texts in reading order, join them and cut the stream into blocks; stop once there are enough.
 
     With ``separate`` one token stands between two texts: BOS, else EOS, where the tokenizer has one; no other
-    special token is added. ``source`` names the text in errors and in the result.
+    special token is added. With ``spread`` above 1, up to that many times ``num_samples`` blocks are made and the result
+    is taken evenly from them. ``source`` names the text in errors and in the result.
 
     Raises:
         InvalidDataset: there are too few tokens.
@@ -328,23 +379,27 @@ def pack(
     _check_shape(num_samples, sequence_length, max_positions)
     mark = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     needed = num_samples * sequence_length
+    most = spread * needed
     stream = array("q")
     for index, text in enumerate(texts):
         if index and separate and isinstance(mark, int):
             stream.append(mark)
-        while text and len(stream) < needed:
+        while text and len(stream) < most:
             end = len(text) if len(text) <= CHUNK_CHARACTERS else _cut(text, CHUNK_CHARACTERS)
             stream.extend(tokenizer(text[:end], add_special_tokens=False, verbose=False)["input_ids"])
             text = text[end:]
-        if len(stream) >= needed:
+        if len(stream) >= most:
             break
     if len(stream) < needed:
         found = f"{len(stream)} token{'' if len(stream) == 1 else 's'}"
         raise InvalidDataset(
             f"{source} holds {found}; {num_samples} x {sequence_length} = {needed} are needed"
         )
-    tokens = torch.frombuffer(stream, dtype=torch.int64)[:needed].clone()
-    return Blocks.of(tokens.view(num_samples, sequence_length), source)
+    count = min(len(stream), most) // sequence_length
+    tokens = torch.frombuffer(stream, dtype=torch.int64)[: count * sequence_length].view(
+        count, sequence_length
+    )
+    return Blocks.of(tokens[evenly(count, num_samples)], source)
 
 
 def _check_shape(num_samples: int, sequence_length: int, max_positions: int | None) -> None:

@@ -19,17 +19,18 @@ from orthokv.allocate import Allocation, Plan, allocate, allocate_for_perplexity
 from orthokv.attention import Bases, Seam, seam_of
 from orthokv.basis import KEY_MODES, SHARINGS, KeyMode, Sharing
 from orthokv.budget import Budget
-from orthokv.capture import LayerWalk, view_layer
+from orthokv.capture import LayerTask, LayerWalk, view_layer
 from orthokv.checkpoint import Checkpoint, Form, record_measurements, write_checkpoint
 from orthokv.codecs import DEFAULT_CODEC, store_dtype
-from orthokv.dataset import Blocks, TextSource, load_blocks, self_text
-from orthokv.errors import InvalidSetting
+from orthokv.dataset import Blocks, TextMixture, TextSource, evenly, load_blocks, self_text
+from orthokv.errors import InvalidDataset, InvalidSetting
 from orthokv.evaluate import block_logits, cache_size, divergence, layer_errors, quality, tokens_per_second
 from orthokv.fingerprint import weight_fingerprints
 from orthokv.geometry import AttentionGeometry, check_key_mode
 from orthokv.methods import make_method
 from orthokv.profile import ErrorProfile, LayerProfile, measure_layer
 from orthokv.progress import Reporter, Step, counter, silent
+from orthokv.refine import CHECK_BLOCKS, Refinement, refine
 from orthokv.runtime.attach import attach, detach
 from orthokv.source import ModelSource, load_config, load_model, load_tokenizer, resolve_device
 
@@ -38,6 +39,7 @@ HOLDOUT_SHARE = 8
 # Each layer's sensitivity is measured at about this share of its widths, where typical plans lie.
 SENSITIVITY_SHARE = 0.25
 SENSITIVITY_BLOCKS = 2
+SECOND_DOMAIN_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,21 @@ class FitSettings:
         method: a key of :data:`orthokv.methods.METHODS`.
         sharing, key_mode: see :mod:`orthokv.basis`.
         parameterisation, steps, epochs: settings of the method; None takes the method's default.
+        refine_steps: steps of the last stage, all layers together (:mod:`orthokv.refine`); 0 leaves it out, None takes the
+            method's default.
         num_samples, sequence_length: calibration blocks, of which one in eight is held out.
         seed: of everything random.
         profile_samples: blocks on which the error surface is measured.
         batch_size: blocks in one forward of a layer.
     """
 
-    method: str = "stiefel"
+    method: str = "oblique"
     sharing: Sharing = "joint"
     key_mode: KeyMode = "pre"
     parameterisation: str | None = None
     steps: int | None = None
     epochs: int | None = None
+    refine_steps: int | None = None
     num_samples: int = 64
     sequence_length: int = 1024
     seed: int = 0
@@ -77,12 +82,19 @@ class FitSettings:
             if getattr(self, name) < 1:
                 raise InvalidSetting(f"{name} must be at least 1, not {getattr(self, name)}")
         self.make_method()
+        if self.refine_steps is not None and self.refine_steps < 0:
+            raise InvalidSetting(f"refine_steps must be at least 0, not {self.refine_steps}")
 
     def make_method(self) -> Any:
         """The method with its hyper-parameters; :class:`InvalidSetting` where it does not have one that was given."""
         return make_method(
             self.method, parameterisation=self.parameterisation, steps=self.steps, epochs=self.epochs
         )
+
+    @property
+    def refinement(self) -> Refinement | None:
+        steps = self.make_method().refine_steps if self.refine_steps is None else self.refine_steps
+        return Refinement(steps) if steps else None
 
     @property
     def holdout(self) -> int:
@@ -111,12 +123,21 @@ def read_geometry(source: ModelSource) -> AttentionGeometry:
 
 def prepare_blocks(
     source: ModelSource,
-    text: TextSource,
+    text: TextSource | TextMixture,
     settings: FitSettings,
     model: PreTrainedModel | None = None,
     report: Reporter = silent,
 ) -> Blocks:
-    """Calibration blocks, held-out ones included, from text or from the model itself."""
+    """Calibration blocks, held-out ones included, from text, from the model itself, or from several of these."""
+    if isinstance(text, TextMixture):
+        shares = text.shares(settings.num_samples)
+        parts = [
+            prepare_blocks(source, part, replace(settings, num_samples=share), model, report)
+            for part, share in zip(text.parts, shares, strict=True)
+        ]
+        return Blocks.of(
+            torch.cat([part.tokens for part in parts]), " + ".join(part.source for part in parts)
+        )
     if text.resolved_format() == "self":
         return self_text(
             model if model is not None else load(source),
@@ -201,11 +222,48 @@ def build_profile(
             "sequence_length": int(blocks.tokens.shape[1]),
             "held_out": settings.holdout,
         },
-        method={"name": method.name, **asdict(method)},
+        method={"name": method.name, **asdict(method), "refine_steps": 0},
         seed=settings.seed,
     )
-    _, held_out = blocks.split(settings.holdout)
-    return profile.with_sensitivities(sensitivities(model, profile, held_out, report))
+    fitting, held_out = blocks.split(settings.holdout)
+    profile = profile.with_sensitivities(sensitivities(model, profile, held_out, report))
+    refinement = settings.refinement
+    if refinement is None:
+        return profile
+    checks = [held_out, *_second_domain(model, settings)]
+    refined, _ = refine(model, profile, fitting, checks, refinement, settings.seed, report)
+    measured = measure_errors(model, refined, fitting, settings, report)
+    measured = replace(measured, method={**profile.method, "refine_steps": refinement.steps})
+    return measured.with_sensitivities(sensitivities(model, measured, held_out, report))
+
+
+def _second_domain(model: PreTrainedModel, settings: FitSettings) -> list[Blocks]:
+    """Text that the model writes itself, to watch a refinement on; none from a model without a BOS token to begin with."""
+    try:
+        length = min(settings.sequence_length, SECOND_DOMAIN_LENGTH)
+        return [self_text(model, num_samples=CHECK_BLOCKS, sequence_length=length, seed=settings.seed + 1)]
+    except InvalidDataset:
+        return []
+
+
+def measure_errors(
+    model: PreTrainedModel,
+    profile: ErrorProfile,
+    fitting: Blocks,
+    settings: FitSettings,
+    report: Reporter = silent,
+) -> ErrorProfile:
+    """The profile with the error surface of every layer measured anew, on the blocks that it was fitted on."""
+    layers: list[LayerProfile] = []
+    with Seam(model, profile.key_mode) as seam:
+        chosen = fitting.take(evenly(len(fitting), settings.profile_samples))
+        walk = LayerWalk(model, chosen.tokens, settings.batch_size)
+        for layer in profile.layers:
+            walk.run(layer.index)
+            layers.append(measure_layer(LayerTask(layer.index, walk, seam), layer, settings.profile_samples))
+            walk.advance()
+            report(Step("measuring", layer.index + 1, len(profile.layers), "layers"))
+    return replace(profile, layers=tuple(layers))
 
 
 @torch.no_grad()
@@ -217,7 +275,7 @@ def sensitivities(
     The error in the denominator is the profile's own at the same ranks, so that ``sensitivity * error^2`` reproduces the
     measured divergence there.
     """
-    tokens = blocks.tokens[:SENSITIVITY_BLOCKS]
+    tokens = blocks.tokens[evenly(len(blocks), SENSITIVITY_BLOCKS)]
     total = [0.0] * len(profile.layers)
     points = [_sensitivity_point(layer) for layer in profile.layers]
     with Seam(model, profile.key_mode) as seam:
@@ -369,7 +427,7 @@ class Compressed:
 
 def compress(
     source: ModelSource,
-    text: TextSource,
+    text: TextSource | TextMixture,
     budget: Budget,
     out: Path,
     settings: FitSettings | None = None,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from orthokv.attention import Bases
 from orthokv.basis import KEY_MODES, SHARINGS, Basis, KeyMode, Sharing
-from orthokv.capture import LayerView
+from orthokv.capture import LayerTask
+from orthokv.dataset import evenly
 from orthokv.digests import SUMS, file_digest, verify_files
 from orthokv.errors import InvalidCheckpoint
 from orthokv.geometry import AttentionGeometry
@@ -224,24 +225,23 @@ def candidate_ranks(width: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def measure_layer(view: LayerView, fitted: FittedBases, samples: int) -> LayerProfile:
+def measure_layer(task: LayerTask, fitted: FittedBases | LayerProfile, samples: int) -> LayerProfile:
     """Measure a layer's error at every pair of candidate ranks, on ``samples`` evenly chosen calibration blocks."""
     ranks_key, ranks_value = candidate_ranks(fitted.key.width), candidate_ranks(fitted.value.width)
     shape = (len(ranks_key), len(ranks_value))
     error, cosine = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
-    device = view.walk.device
+    device = task.walk.device
     key, value = fitted.key.to(device), fitted.value.to(device)
-    samples = min(samples, view.blocks)
-    blocks = [i * view.blocks // samples for i in range(samples)]
+    blocks = evenly(task.blocks, samples)
     for i, rank_key in enumerate(ranks_key):
         for j, rank_value in enumerate(ranks_value):
             if rank_key == key.rank and rank_value == value.rank and key.orthonormal and value.orthonormal:
                 continue  # two orthogonal matrices: the layer is unchanged, and its error zero by construction
             bases = Bases(key.truncate(rank_key), value.truncate(rank_value))
-            found = view.compare(bases, blocks)
+            found = task.compare(bases, blocks)
             error[i, j], cosine[i, j] = found.error, found.cosine
     return LayerProfile(
-        index=view.index,
+        index=task.index,
         key=fitted.key,
         value=fitted.value,
         ranks_key=ranks_key,

@@ -136,7 +136,7 @@ def test_compress_writes_a_sound_checkpoint_and_says_what_it_measured(compressed
     verify_files(compressed.folder)
     config = read_checkpoint(compressed.folder).config
     assert config["measured"]["kept"] <= 0.5
-    assert config["method"]["name"] == "stiefel"
+    assert config["method"]["name"] == "oblique"
     assert config["method"]["steps"] == 2
     assert config["sharing"] == "joint"
     assert config["key_mode"] == "pre"

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from orthokv import dataset
-from orthokv.dataset import Blocks, TextSource, load_blocks, pack, read_texts, self_text
+from orthokv.dataset import Blocks, TextMixture, TextSource, evenly, load_blocks, pack, read_texts, self_text
 from orthokv.errors import InvalidDataset, InvalidModel, InvalidSetting, StorageError
 from tests.hub import Hub, Repo, serve_hub
 
@@ -362,6 +362,28 @@ def test_one_long_text_is_tokenised_in_pieces_and_no_further_than_needed(
     assert len(letters.pieces) <= 6
 
 
+def test_blocks_are_spread_over_more_text_than_is_needed_but_not_over_all_of_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [chr(97 + i % 26) * 4 for i in range(1000)])
+    letters = Letters()
+    blocks = load_blocks(TextSource(str(path)), letters, num_samples=3, sequence_length=4)  # type: ignore[arg-type]
+    read = dataset.SPREAD * 3
+    assert len(letters.pieces) == read
+    picked = [chr(97 + i % 26) * 4 for i in evenly(read, 3)]
+    assert ["".join(map(chr, row)) for row in blocks.tokens] == picked
+
+
+def test_a_mixture_has_equal_parts_and_refuses_what_it_cannot_share() -> None:
+    texts = tuple(TextSource(name) for name in ("a.txt", "b.txt", "self"))
+    assert TextMixture(texts).shares(8) == [3, 3, 2]
+    assert TextMixture(texts).source == "a.txt + b.txt + self"
+    with pytest.raises(InvalidSetting, match="2 samples cannot be shared among 3 texts"):
+        TextMixture(texts).shares(2)
+    with pytest.raises(InvalidSetting, match="the mixture names self twice"):
+        TextMixture((*texts, TextSource("self")))
+    with pytest.raises(InvalidSetting, match="a mixture needs at least 2 texts, not 1"):
+        TextMixture(texts[:1])
+
+
 def test_too_little_text_says_what_was_found_and_what_is_needed(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ["a"])
     with pytest.raises(InvalidDataset, match=r"rows.jsonl holds 1 token; 64 x 1024 = 65536 are needed"):
@@ -387,11 +409,13 @@ def test_real_tokenizer_separates_rows_but_not_paragraphs(tmp_path: Path, suffix
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     texts = ["It was a dark night.", "Nobody came."]
     path = write(tmp_path / f"rows{suffix}", texts * 3)
-    blocks = load_blocks(TextSource(str(path)), tokenizer, num_samples=2, sequence_length=8, max_positions=8)
     first, second = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
     joined = tokenizer("\n\n".join(texts * 3), add_special_tokens=False)["input_ids"]
     rows = [*first, tokenizer.bos_token_id, *second, tokenizer.bos_token_id] * 3
-    assert blocks.tokens.flatten().tolist() == (joined if suffix == ".txt" else rows)[:16]
+    expected = joined if suffix == ".txt" else rows
+    shape = {"num_samples": len(expected) // 8, "sequence_length": 8, "max_positions": 8}
+    blocks = load_blocks(TextSource(str(path)), tokenizer, **shape)
+    assert blocks.tokens.flatten().tolist() == expected[: len(expected) // 8 * 8]
     assert blocks.source == str(path)
 
 
@@ -444,12 +468,21 @@ def test_failed_save_leaves_nothing_behind(tmp_path: Path, blocks: Blocks) -> No
     assert [entry.name for entry in tmp_path.iterdir()] == ["taken"]
 
 
-def test_split_holds_out_the_last_samples(blocks: Blocks) -> None:
+def test_split_holds_out_evenly_spaced_samples(blocks: Blocks) -> None:
     kept, held = blocks.split(2)
-    assert torch.equal(kept.tokens, blocks.tokens[:3])
-    assert torch.equal(held.tokens, blocks.tokens[3:])
-    assert (len(kept), len(held)) == (3, 2)
+    assert torch.equal(kept.tokens, blocks.tokens[[0, 2, 4]])
+    assert torch.equal(held.tokens, blocks.tokens[[1, 3]])
     assert len({kept.digest, held.digest, blocks.digest}) == 3
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_evenly_gives_every_part_its_share(count: int, wanted: int) -> None:
+    found = evenly(count, wanted)
+    assert len(found) == min(count, wanted)
+    assert found == sorted(set(found))
+    assert all(0 <= i < count for i in found)
+    for part in range(1, count + 1):  # of the first `part` items, their share to within one
+        assert abs(sum(i < part for i in found) - len(found) * part / count) <= 1
 
 
 @pytest.mark.parametrize("holdout", [-1, 0, 5, 6])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from orthokv.budget import Budget
 from orthokv.capture import LayerWalk, view_layer
 from orthokv.checkpoint import read_checkpoint, write_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
-from orthokv.dataset import TextSource
+from orthokv.dataset import TextMixture, TextSource, self_text
 from orthokv.digests import verify_files
 from orthokv.errors import BudgetUnreachable, InvalidModel, InvalidSetting, OrthoKVError, UnsupportedModel
 from orthokv.evaluate import block_logits, cache_size, compressed, quality
@@ -329,10 +330,10 @@ def test_a_perplexity_budget_is_checked_on_held_out_text(profile: Callable[..., 
 
 def test_a_perplexity_budget_that_cannot_be_met_says_what_can(profile: Callable[..., ErrorProfile]) -> None:
     model = tiny_model("llama")
+    # Its own text: on random tokens a worse model can have the lower perplexity.
+    held_out = self_text(model, num_samples=8, sequence_length=32, seed=8)
     with pytest.raises(BudgetUnreachable) as caught:
-        make_plan(
-            profile(), Budget("perplexity_increase", 1e-9), model=model, held_out=tiny_blocks(2, 16, seed=8)
-        )
+        make_plan(profile(), Budget("perplexity_increase", 1e-9), model=model, held_out=held_out)
     assert caught.value.asked == 1e-9
     assert caught.value.best > 1e-9
     assert seam_of(model) is None
@@ -391,6 +392,23 @@ def test_compress_on_the_models_own_text_depends_on_the_seed_only(
         )
     assert digests[0] == digests[1]
     assert digests[0][0] != digests[2][0]
+
+
+def test_a_mixture_has_blocks_of_every_text_in_both_parts(
+    folder: Callable[..., Path], text: TextSource, tmp_path: Path
+) -> None:
+    (tmp_path / "more.txt").write_text(tiny_text(4000, seed=9))
+    parts = (text, TextSource(str(tmp_path / "more.txt")), TextSource("self"))
+    source = resolve_model(str(folder()))
+    chosen = FitSettings(method="eigen", num_samples=24, sequence_length=16)
+    found = prepare_blocks(source, TextMixture(parts), chosen)
+    apart = [prepare_blocks(source, part, replace(chosen, num_samples=8)) for part in parts]
+    assert torch.equal(found.tokens, torch.cat([part.tokens for part in apart]))
+    assert found.source == " + ".join(part.source for part in apart)
+    for share in found.split(chosen.holdout):
+        for part in apart:
+            rows = {tuple(row) for row in part.tokens.tolist()}
+            assert any(tuple(row) in rows for row in share.tokens.tolist())
 
 
 def test_a_budget_that_cannot_be_met_leaves_nothing(
@@ -527,7 +545,7 @@ def test_methods_are_compared_at_equal_bytes_on_the_same_text(
         tiny_blocks(2, 16, seed=9),
         [0.5, 0.25],
         choices,
-        FitSettings(num_samples=4, sequence_length=16, profile_samples=1, steps=2, epochs=1),
+        FitSettings("stiefel", num_samples=4, sequence_length=16, profile_samples=1, steps=2, epochs=1),
         profiles=tmp_path,
     )
     assert [(row.method, row.sharing, row.kept_asked) for row in rows] == [

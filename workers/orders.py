@@ -30,6 +30,16 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A calibration text: the object that holds it, where this step reads it."""
+
+    name: str
+    field: str
+    format: str | None = None
+    object: Source | None = None
+
+
+@dataclass(frozen=True)
 class Order:
     """A claimed step with everything that the database knows about it."""
 
@@ -40,8 +50,7 @@ class Order:
     form: str
     layers: list[int]
     inputs: list[Source]
-    dataset: Source | None
-    dataset_format: str | None
+    texts: list[Text]
 
 
 # Files of earlier steps that a step reads.
@@ -67,12 +76,6 @@ def load_order(session: Session, lease: Lease) -> Order:
     # What was fitted comes from the origin, what was packed is always this job's own.
     fitted = files_of_job(session, origin.id, *(name for name in reads if name is not StepName.PACKAGE))
     files = fitted | files_of_job(session, job.id, *reads)
-    dataset = get_dataset(session, origin.dataset_id) if origin.dataset_id is not None else None
-    source = None
-    if dataset is not None and lease.step is StepName.CALIBRATE:
-        assert dataset.object_key is not None, "jobs take ready datasets only"
-        assert dataset.sha256 is not None
-        source = Source(f"dataset.{dataset.format}", dataset.object_key, dataset.sha256)
     resolved: dict[str, Any] = job.resolved.get("model") or origin.spec["model"]
     return Order(
         job_id=job.id,
@@ -86,9 +89,23 @@ def load_order(session: Session, lease: Lease) -> Order:
             for file in files.values()
             if file.filename not in _NOT_READ
         ],
-        dataset=source,
-        dataset_format=None if dataset is None else dataset.format,
+        texts=_texts(session, origin.spec["dataset"], fetched=lease.step is StepName.CALIBRATE),
     )
+
+
+def _texts(session: Session, asked: dict[str, Any], *, fetched: bool) -> list[Text]:
+    found: list[Text] = []
+    for number, part in enumerate([asked, *asked.get("also", [])]):
+        dataset = None if part["id"] is None else get_dataset(session, part["id"])
+        if dataset is None:
+            found.append(Text(part["source"] or part["id"], part["field"]))
+            continue
+        assert dataset.object_key is not None, "jobs take ready datasets only"
+        assert dataset.sha256 is not None
+        name = f"dataset-{number}.{dataset.format}" if number else f"dataset.{dataset.format}"
+        source = Source(name, dataset.object_key, dataset.sha256) if fetched else None
+        found.append(Text(dataset.id, part["field"], dataset.format, source))
+    return found
 
 
 def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, folder: Path) -> Request:
@@ -102,18 +119,21 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
     for source in order.inputs:
         storage.fetch(source.object_key, inputs / source.filename, sha256=source.sha256)
     asked = order.spec["dataset"]
-    dataset = asked["source"] or asked["id"]
-    if order.dataset is not None:
-        path = folder / order.dataset.filename
-        storage.fetch(order.dataset.object_key, path, sha256=order.dataset.sha256)
-        dataset = str(path)
+    texts: list[DatasetRef] = []
+    for text in order.texts:
+        name = text.name
+        if text.object is not None:
+            path = folder / text.object.filename
+            storage.fetch(text.object.object_key, path, sha256=text.object.sha256)
+            name = str(path)
+        texts.append(DatasetRef(source=name, format=text.format, field=text.field))
     method = order.spec["method"]
     return Request(
         step=lease.step,
         job_id=order.job_id,
         workdir=str(workdir),
         model=order.model,
-        dataset=DatasetRef(source=dataset, format=order.dataset_format, field=asked["field"]),
+        dataset=texts,
         settings=RunSettings(
             method=method["type"],
             sharing=method["sharing"],
@@ -123,6 +143,7 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
             sequence_length=asked["sequence_length"],
             seed=order.spec["seed"],
             steps=method["steps"],
+            refine_steps=method.get("refine_steps"),
             device=settings.device,
         ),
         budget=order.budget,

@@ -38,6 +38,7 @@ class RunSettings(_Message):
     sequence_length: int
     seed: int
     steps: int | None
+    refine_steps: int | None
     device: str
 
 
@@ -53,7 +54,8 @@ class Request(_Message):
     job_id: str
     workdir: str
     model: ModelRef
-    dataset: DatasetRef
+    dataset: list[DatasetRef]
+    """One text, or the parts of a mixture."""
     settings: RunSettings
     budget: Budget
     form: str

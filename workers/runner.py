@@ -25,7 +25,7 @@ from orthokv.checkpoint import (
     record_measurements,
     write_checkpoint,
 )
-from orthokv.dataset import Blocks, TextSource
+from orthokv.dataset import Blocks, TextMixture, TextSource
 from orthokv.errors import BudgetUnreachable, OrthoKVError
 from orthokv.geometry import check_key_mode
 from orthokv.pipeline import (
@@ -123,9 +123,12 @@ class Job:
         model = self.request["model"]
         return resolve_model(model["id"], revision=model["revision"])
 
-    def text(self) -> TextSource:
-        dataset = self.request["dataset"]
-        return TextSource(dataset["source"], format=dataset["format"], field=dataset["field"])
+    def text(self) -> TextSource | TextMixture:
+        parts = tuple(
+            TextSource(part["source"], format=part["format"], field=part["field"])
+            for part in self.request["dataset"]
+        )
+        return parts[0] if len(parts) == 1 else TextMixture(parts)
 
     def budget(self) -> Budget:
         return Budget(self.request["budget"]["metric"], self.request["budget"]["value"])
@@ -158,7 +161,9 @@ def resolve(job: Job) -> dict[str, Any]:
 
 def calibrate(job: Job) -> dict[str, Any]:
     source, text = job.source(), job.text()
-    model = load(source, job.device) if text.resolved_format() == "self" else None
+    parts = text.parts if isinstance(text, TextMixture) else (text,)
+    written = any(part.resolved_format() == "self" for part in parts)
+    model = load(source, job.device) if written else None
     blocks = prepare_blocks(source, text, job.settings, model, job.wire.progress)
     path = job.workdir / "blocks.safetensors"
     blocks.save(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -22,31 +22,55 @@ class ModelRef(Body):
     revision: Annotated[str, Field(min_length=1, max_length=255)] | None = None
 
 
-class DatasetRef(Body):
-    """Which text to calibrate on, and how much of it."""
+class TextRef(Body):
+    """A text: an uploaded dataset, or what the model writes itself."""
 
     id: Annotated[str, Field(pattern=id_pattern("ds"))] | None = None
     source: Literal["self"] | None = Field(None, description="`self`: the model samples its own text.")
     field: Annotated[str, Field(min_length=1, max_length=128)] = "text"
-    num_samples: Annotated[int, Field(ge=1, le=65_536)] = 64
-    sequence_length: Annotated[int, Field(ge=2, le=131_072)] = 1024
 
     @model_validator(mode="after")
-    def _one_origin(self) -> DatasetRef:
+    def _one_origin(self) -> Self:
         if (self.id is None) == (self.source is None):
             raise ValueError("give either id or source")
+        return self
+
+
+class DatasetRef(TextRef):
+    """Which text to calibrate on, and how much of it."""
+
+    num_samples: Annotated[int, Field(ge=1, le=65_536)] = 64
+    sequence_length: Annotated[int, Field(ge=2, le=131_072)] = 1024
+    also: Annotated[list[TextRef], Field(max_length=7)] = Field(
+        [], description="Other texts, mixed in so that all have equal parts of the samples."
+    )
+
+    @property
+    def texts(self) -> list[TextRef]:
+        return [TextRef(id=self.id, source=self.source, field=self.field), *self.also]
+
+    @model_validator(mode="after")
+    def _mixed(self) -> Self:
+        texts = self.texts
+        if any(texts.count(text) > 1 for text in texts):
+            raise ValueError("a text is named twice")
+        if len(texts) > self.num_samples:
+            raise ValueError(f"{self.num_samples} samples cannot be shared among {len(texts)} texts")
         return self
 
 
 class Method(Body):
     """How the bases are fitted."""
 
-    type: Literal["stiefel", "eigen", "weighted", "oblique"] = "stiefel"
+    type: Literal["oblique", "stiefel", "weighted", "eigen"] = "oblique"
     sharing: Literal["head", "tied", "joint"] = "joint"
     key_mode: Literal["pre", "post"] = "pre"
     parameterisation: Literal["direct", "predictor"] = "direct"
     steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
         None, description="Optimisation steps per layer; absent: the method's own."
+    )
+    refine_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
+        None, description="Steps of the last stage, all layers together; 0: none; absent: the method's own."
     )
 
 

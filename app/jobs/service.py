@@ -28,8 +28,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 def create(session: Session, *, body: JobCreate, allow_local_models: bool) -> Job:
     """Queue a job that compresses a model. The queued row is the whole promise; a hint only speeds it up."""
     _check_model(body.model.id, allow_local_models=allow_local_models)
-    if body.dataset.id is not None:
-        require_ready(session, body.dataset.id)
+    for text in body.dataset.texts:
+        if text.id is not None:
+            require_ready(session, text.id)
     spec = body.model_dump(mode="json", exclude={"metadata", "priority"})
     return _queue(
         session,

@@ -43,6 +43,8 @@ class Method(Protocol):
 
     name: ClassVar[str]
     learned: ClassVar[bool]
+    # Steps of :mod:`orthokv.refine` that belong to the method where nothing else is asked for.
+    refine_steps: ClassVar[int]
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases: ...
 

@@ -28,6 +28,7 @@ class Eigen:
 
     name: ClassVar[str] = "eigen"
     learned: ClassVar[bool] = False
+    refine_steps: ClassVar[int] = 0
     statistics: Literal["k", "kq"] = "k"
 
     def __post_init__(self) -> None:

@@ -32,8 +32,9 @@ class Oblique:
 
     name: ClassVar[str] = "oblique"
     learned: ClassVar[bool] = True
+    refine_steps: ClassVar[int] = 200
     steps: int = 200
-    step_size: float = 0.02
+    step_size: float = 0.007
 
     def __post_init__(self) -> None:
         if self.steps < 1:

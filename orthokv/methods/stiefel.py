@@ -36,6 +36,7 @@ class Stiefel:
 
     name: ClassVar[str] = "stiefel"
     learned: ClassVar[bool] = True
+    refine_steps: ClassVar[int] = 0
     parameterisation: Parameterisation = "direct"
     steps: int = 200
     epochs: int = 50

@@ -70,6 +70,7 @@ class Weighted:
 
     name: ClassVar[str] = "weighted"
     learned: ClassVar[bool] = False
+    refine_steps: ClassVar[int] = 0
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
         geometry = view.geometry

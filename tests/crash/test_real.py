@@ -18,7 +18,7 @@ BODY: dict[str, Any] = {
     "model": {"id": str(MODEL)},
     "dataset": {"source": "self", "num_samples": 4, "sequence_length": 64},
     "budget": {"metric": "kept", "value": 0.25},
-    "method": {"steps": 40},
+    "method": {"steps": 40, "refine_steps": 20},
 }
 
 

@@ -47,11 +47,12 @@ class TestCreate:
         assert re.fullmatch(r"job_[0-9a-hjkmnp-tv-z]{26}", job["id"])
         assert (job["status"], job["phase"], job["kind"]) == ("queued", "resolving", "compress")
         assert job["spec"]["method"] == {
-            "type": "stiefel",
+            "type": "oblique",
             "sharing": "joint",
             "key_mode": "pre",
             "parameterisation": "direct",
             "steps": None,
+            "refine_steps": None,
         }
         assert (job["spec"]["dataset"]["num_samples"], job["spec"]["dataset"]["sequence_length"]) == (
             64,
@@ -76,6 +77,12 @@ class TestCreate:
             ({"dataset": {"source": "self", "id": "ds_" + "0" * 26}}, "/dataset"),
             ({"dataset": {}}, "/dataset"),
             ({"dataset": {"source": "self", "num_samples": 0}}, "/dataset/num_samples"),
+            ({"dataset": {"source": "self", "also": [{"source": "self"}]}}, "/dataset"),
+            ({"dataset": {"source": "self", "also": [{}]}}, "/dataset/also/0"),
+            (
+                {"dataset": {"source": "self", "num_samples": 1, "also": [{"id": "ds_" + "0" * 26}]}},
+                "/dataset",
+            ),
             ({"dataset": {"source": "/etc/passwd"}}, "/dataset/source"),
             ({"method": {"type": "magic"}}, "/method/type"),
             ({"method": {"rank": 3}}, "/method/rank"),

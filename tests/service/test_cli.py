@@ -93,17 +93,23 @@ def test_a_download_resumes_and_a_damaged_one_is_not_kept(server: Server, tmp_pa
     assert hashlib.sha256(target.read_bytes()).hexdigest() == file["sha256"]
 
 
-def test_a_dataset_file_is_uploaded(server: Server, script: Script, tmp_path: Path) -> None:
-    text = tmp_path / "calibration.jsonl"
+def test_dataset_files_are_uploaded_and_mixed(server: Server, script: Script, tmp_path: Path) -> None:
+    text, more = tmp_path / "calibration.jsonl", tmp_path / "more.txt"
     text.write_text('{"body": "text"}\n')
+    more.write_text("other text")
     done = orthokv(
         server,
         *("submit", "--model", "org/model", "--dataset", str(text), "--field", "body"),
-        *("--layer-error", "0.1", "--form", "full", "--wait"),
+        *("--dataset", str(more), "--dataset", "self"),
+        *("--layer-error", "0.1", "--form", "full", "--refine-steps", "3", "--wait"),
     )
     assert done.exit_code == 0, done.output
     request = script.runs("calibrate")[0]["request"]
-    assert (request["dataset"]["format"], request["dataset"]["field"]) == ("jsonl", "body")
+    first, second, third = request["dataset"]
+    assert (first["format"], first["field"]) == ("jsonl", "body")
+    assert (second["format"], Path(second["source"]).name) == ("text", "dataset-1.text")
+    assert third["source"] == "self"
+    assert request["settings"]["refine_steps"] == 3
     assert (request["budget"], request["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
 
 

@@ -393,7 +393,7 @@ def test_a_job_of_a_dataset_gets_its_bytes(
     )
     dataset = {**job_body()["dataset"], "source": None, "id": dataset_id}
     run_to_end(database, settings, queue_job(database, dataset=dataset).id)
-    asked = script.runs("calibrate")[0]["request"]["dataset"]
+    (asked,) = script.runs("calibrate")[0]["request"]["dataset"]
     assert asked["format"] == "text"
     assert Path(asked["source"]).name == "dataset.text"
-    assert script.runs("fit")[0]["request"]["dataset"]["source"] == dataset_id
+    assert script.runs("fit")[0]["request"]["dataset"][0]["source"] == dataset_id
