@@ -250,9 +250,11 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The uncompressed model in evaluation mode, without gradients; ``dtype`` None keeps the stored one.
+
+    ``attn_implementation`` None takes ``sdpa`` where the model has it: it lacks softcaps and attention sinks.
 
     Raises:
         UnsupportedModel: transformers has no causal language model of this type.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from orthokv.errors import InvalidSetting
@@ -130,12 +130,11 @@ class LatentLayer(_StockLayer):
     def _owns_book(self) -> bool:
         return self.book is not None and self.book.owner == self._index
 
-    def tables(self, rotary: nn.Module | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables ``[B, S, d]`` of every attended token, in the dtype and on the device of ``like``."""
-        assert rotary is not None
+    def positions(self) -> Tensor:
+        """Positions ``[B, S]`` of every attended token, int32."""
         assert self.book is not None
         assert self.book.visible is not None
-        return cast("tuple[Tensor, Tensor]", rotary(like, self.book.visible.to(like.device).long()))
+        return self.book.visible
 
     def reset(self) -> None:
         super().reset()
