@@ -72,10 +72,11 @@ class _Call:
 class SeamState:
     """What the seam keeps on each attention module.
 
-    ``rotary`` is set where the seam turns queries and keys: in key mode ``pre``, in layers that use rotary embedding.
+    ``implementation`` is what ``config`` must name for the attention function to be reached. ``rotary`` is set where the seam turns queries and keys: in key mode ``pre``, in layers that use rotary embedding.
     """
 
     config: PreTrainedConfig
+    implementation: str
     cache_argument: str
     rotary: Rotary | None
     bases: LayerBases | None = None
@@ -122,13 +123,19 @@ class Seam:
             )
         self.model = model
         self.key_mode = key_mode
+        self._architecture = architecture_of(model.config)
         self._previous = inner.removeprefix(PREFIX)
+        self._implementation = self._previous if self._architecture.forward else PREFIX + self._previous
         self.modules = attention_modules(model)
         self._handles: list[RemovableHandle] = []
-        self._architecture = architecture_of(model.config)
-        rotaries = layer_rotaries(model, self.geometry)
         cache = self._architecture.cache_argument
-        self.install([SeamState(model.config, cache, r if key_mode == "pre" else None) for r in rotaries])
+        rotaries = layer_rotaries(model, self.geometry)
+        self.install(
+            [
+                SeamState(model.config, self._implementation, cache, rotary if key_mode == "pre" else None)
+                for rotary in rotaries
+            ]
+        )
 
     def install(self, states: list[SeamState]) -> None:
         """Put the hooks in place, with the given state for each layer."""
@@ -138,7 +145,8 @@ class Seam:
             use_own_forward(self._architecture, module)
             self._handles.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_after_attention, always_call=True))
-        self.model.set_attn_implementation(PREFIX + self._previous)
+        if self._implementation != self._previous:
+            self.model.set_attn_implementation(self._implementation)
         object.__setattr__(self.model, "_orthokv_seam", self)
 
     def state(self, layer: int) -> SeamState:
@@ -160,7 +168,8 @@ class Seam:
         for module in self.modules:
             object.__delattr__(module, "_orthokv")
             restore_forward(self._architecture, module)
-        self.model.set_attn_implementation(self._previous)
+        if self._implementation != self._previous:
+            self.model.set_attn_implementation(self._previous)
         object.__delattr__(self.model, "_orthokv_seam")
 
     def __enter__(self) -> Seam:
@@ -179,8 +188,8 @@ def _before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     state = cast(SeamState, module._orthokv)
-    implementation = cast(str, state.config._attn_implementation)
-    if not implementation.startswith(PREFIX):
+    implementation = state.config._attn_implementation
+    if implementation != state.implementation:
         raise InvalidSetting(
             f"the attention implementation was changed to {implementation!r} while bases are attached; detach first"
         )

@@ -13,6 +13,9 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+# Registered by orthokv.attention. The model cannot be told to use it, as others are: its configuration stays as it is.
+SEAM = "orthokv_eager"
+
 
 def mpt_attention(
     self: Any,
@@ -39,7 +42,7 @@ def mpt_attention(
     bias = position_bias[:, :, -key.shape[-2] :].unsqueeze(0).to(query.dtype)
     if attention_mask is not None:
         bias = bias.masked_fill(attention_mask, torch.finfo(query.dtype).min)
-    attention = ALL_ATTENTION_FUNCTIONS[self._orthokv.config._attn_implementation]
+    attention = ALL_ATTENTION_FUNCTIONS[SEAM]
     output, weights = attention(
         self,
         query,

@@ -59,7 +59,8 @@ REFUSED_KEYS |= {"attn_implementation", "experts_implementation", "transformers_
 REFUSED_KEYS |= {"kernels", "use_kernels", "kernel_config", "kernel_mapping"}
 # Underscored keys become private attributes of the configuration; these transformers itself writes.
 HARMLESS_KEYS = {"_name_or_path", "_commit_hash", "_from_model_config", "_attn_implementation_autoset"}
-HARMLESS_KEYS |= {"_remove_final_layer_norm"}  # a switch of OPT, in every configuration of it
+# A switch of OPT, and how often Gemma 3 has a layer without a window: in every configuration of theirs.
+HARMLESS_KEYS |= {"_remove_final_layer_norm", "_sliding_window_pattern"}
 
 MAX_SETTINGS_BYTES = 64 << 20
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
