@@ -25,6 +25,8 @@ from orthokv.profile import ErrorProfile
 from orthokv.source import load_model, resolve_model
 
 ARCHITECTURES: tuple[str, ...] = tuple(REGISTRY)
+# Softcaps, sinks and ALiBi are not in PyTorch's own attention: transformers refuses or ignores ``sdpa`` for these.
+EAGER_ONLY = ("gemma2", "gpt_oss", "mpt")
 
 VOCABULARY, PAD, BOS, UNKNOWN = 99, 0, 1, 2
 LAYERS, HIDDEN, HEADS, MAX_POSITIONS = 3, 64, 8, 256
@@ -80,7 +82,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         **_MIXED,
     },
     "phi": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-    "phi3": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75}, **_WINDOWS},
+    "phi3": {
+        "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.75},
+        "original_max_position_embeddings": 64,
+        **_WINDOWS,
+    },
     "gpt_neox": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN, "dropout": 0.0, "tie_word_embeddings": True},
     "mpt": {
@@ -129,19 +135,42 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(architecture: str, **changes: Any) -> PreTrainedConfig:
-    """The configuration of :func:`tiny_model`, with ``changes``."""
-    if architecture not in _SPECIAL:
-        raise ValueError(f"no tiny {architecture}; there are {', '.join(_SPECIAL)}")
-    return CONFIG_MAPPING[architecture](**{**_COMMON, **_SPECIAL[architecture], **changes})
+# Architectures under another rotary embedding than above: names that the functions below take as well.
+_LONG = {"original_max_position_embeddings": 64, "rope_theta": 1e4}
+ROPE: dict[str, dict[str, Any]] = {
+    "llama+linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    "llama+llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_LONG},
+    "llama+yarn": {"rope_type": "yarn", "factor": 4.0, **_LONG},
+    "llama+dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    "phi3+longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2],
+        "long_factor": [2.0, 4.0, 8.0],
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.75,
+    },
+}
+VARIANTS: tuple[str, ...] = (*ARCHITECTURES, *ROPE)
 
 
-def tiny_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of one of :data:`VARIANTS`, with ``changes``."""
+    if name not in VARIANTS:
+        raise ValueError(f"no tiny {name}; there are {', '.join(VARIANTS)}")
+    architecture = name.split("+")[0]
+    settings = {**_COMMON, **_SPECIAL[architecture]}
+    if name in ROPE:
+        # A copy: the configuration completes what it is given.
+        settings["rope_parameters"] = dict(ROPE[name])
+    return CONFIG_MAPPING[architecture](**{**settings, **changes})
+
+
+def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A fresh float32 model in evaluation mode; the same seed gives the same weights, whatever the global generator."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         build: Any = AutoModelForCausalLM.from_config
-        model = build(tiny_config(architecture), dtype=torch.float32)
+        model = build(tiny_config(architecture, **changes), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_weights(name, parameter, generator))
@@ -189,10 +218,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_folder(tmp_path: Path, architecture: str, seed: int = 0) -> Path:
+def tiny_folder(tmp_path: Path, architecture: str, seed: int = 0, **changes: Any) -> Path:
     """A folder below ``tmp_path`` with the model and its tokenizer, as a user would have it."""
     folder = tmp_path / f"tiny-{architecture}-{seed}"
-    tiny_model(architecture, seed).save_pretrained(folder)
+    tiny_model(architecture, seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
