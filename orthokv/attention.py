@@ -72,7 +72,8 @@ class _Call:
 class SeamState:
     """What the seam keeps on each attention module.
 
-    ``implementation`` is what ``config`` must name for the attention function to be reached. ``rotary`` is set where the seam turns queries and keys: in key mode ``pre``, in layers that use rotary embedding.
+    ``implementation`` is what ``config`` must name for the attention function to be reached. ``rotary`` is set where the seam
+    turns queries and keys: in key mode ``pre``, in layers that use rotary embedding.
     """
 
     config: PreTrainedConfig

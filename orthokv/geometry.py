@@ -89,7 +89,9 @@ class AttentionGeometry:
             rope = json.loads(json.dumps(getattr(config, "rope_parameters", None) or {}, sort_keys=True))
         rotated = tuple(rope is not None and architecture.rotates(config, i) for i in range(layers))
         # As the stock cache has them: it is what will hold the tokens.
-        windows = tuple(getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers)
+        windows = tuple(
+            getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers
+        )
         return cls(
             model_type=str(config.model_type),
             layers=layers,

@@ -267,8 +267,8 @@ def load_model(
         config = _load_config(source, folder)
         safety = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
         # Other shapes are reported in ``info`` only where they are ignored; _check_weights refuses them.
-        wanted = {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
-        wanted["attn_implementation"] = attn_implementation
+        wanted: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+        wanted |= {"attn_implementation": attn_implementation, "ignore_mismatched_sizes": True}
         load: Any = AutoModelForCausalLM.from_pretrained
         try:
             model, info = load(folder, config=config, **wanted, **safety)

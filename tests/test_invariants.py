@@ -23,8 +23,8 @@ from orthokv.basis import KEY_MODES, SHARINGS, KeyMode, Sharing
 from orthokv.budget import Budget
 from orthokv.checkpoint import Checkpoint, write_checkpoint
 from orthokv.dataset import Blocks, TextSource
-from orthokv.pipeline import FitSettings, build_profile, compress, fit_layers, prepare_blocks
 from orthokv.geometry import STATIC_ROPE, AttentionGeometry, rope_types
+from orthokv.pipeline import FitSettings, build_profile, compress, fit_layers, prepare_blocks
 from orthokv.profile import ErrorProfile, LayerProfile
 from orthokv.source import ModelSource, load_model, resolve_model
 from tests.tiny import ARCHITECTURES, VARIANTS, tiny_config, tiny_folder, tiny_text
@@ -217,6 +217,14 @@ def test_a_cache_can_be_copied_and_reused(low: PreTrainedModel, batch: tuple[Ten
     for _ in range(2):
         found = logits(low, ids[:, 9:], past_key_values=copy.deepcopy(prefix), use_cache=True)
         assert close(found, expected)
+
+
+def test_speculation_changes_nothing(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
+    """Prompt look-up proposes several tokens and takes the wrong ones out of the cache again."""
+    ids = batch[0][2:, :8].repeat(1, 2)
+    plain = run(low, ids, torch.ones_like(ids))
+    speculative = run(low, ids, torch.ones_like(ids), prompt_lookup_num_tokens=4)
+    assert torch.equal(speculative.sequences, plain.sequences)
 
 
 def test_static_cache_equals_dynamic(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:

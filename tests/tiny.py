@@ -18,7 +18,6 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreT
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from orthokv.architectures import ARCHITECTURES as REGISTRY
-
 from orthokv.dataset import Blocks
 from orthokv.pipeline import FitSettings, build_profile, fit_layers
 from orthokv.profile import ErrorProfile
@@ -139,7 +138,13 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 _LONG = {"original_max_position_embeddings": 64, "rope_theta": 1e4}
 ROPE: dict[str, dict[str, Any]] = {
     "llama+linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
-    "llama+llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_LONG},
+    "llama+llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        **_LONG,
+    },
     "llama+yarn": {"rope_type": "yarn", "factor": 4.0, **_LONG},
     "llama+dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
     "phi3+longrope": {

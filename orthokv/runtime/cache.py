@@ -147,9 +147,9 @@ class LatentSlidingLayer(LatentLayer, DynamicSlidingWindowLayer):
     """Keeps the last ``sliding_window - 1`` tokens."""
 
     def activate_past_recording(self) -> None:
-        super().activate_past_recording()
+        self.record_past = True
         if (book := self._own_book) is not None:
-            book.layer.activate_past_recording()
+            cast(DynamicSlidingWindowLayer, book.layer).record_past = True
 
 
 class LatentStaticLayer(LatentLayer, StaticLayer):

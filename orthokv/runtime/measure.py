@@ -13,9 +13,7 @@ from orthokv.geometry import AttentionGeometry
 from orthokv.runtime.cache import adopt_layer, cache_bytes
 
 
-def live_bytes_per_token(
-    geometry: AttentionGeometry, bases: Sequence[LayerBases], key_mode: KeyMode
-) -> int:
+def live_bytes_per_token(geometry: AttentionGeometry, bases: Sequence[LayerBases], key_mode: KeyMode) -> int:
     """Put one token into a real cache in 16 bits and count what it holds."""
     cache = DynamicCache()
     shape = (1, geometry.kv_heads, 1, geometry.head_dim)
