@@ -134,6 +134,8 @@ ARCHITECTURES["cohere2"] = replace(
 _RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 _RECURRENT_MODELS = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm"}
 _RECURRENT_MODELS |= {"jamba", "bamba", "zamba", "zamba2", "nemotron_h", "falcon_h1", "granitemoehybrid"}
+# Their attention modules call neither the attention interface nor a forward of ours.
+_OWN_ATTENTION = {"bloom", "falcon"}
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
@@ -156,6 +158,8 @@ def _reason(config: Any) -> str:
         return "its linear-attention layers keep a state, not keys and values"
     if config.get_text_config(decoder=True) is not config:
         return "it holds more than a language model; give the text model alone"
+    if config.model_type in _OWN_ATTENTION:
+        return "its attention module computes attention itself, where nothing can be put in between"
     return f"supported are {', '.join(sorted(ARCHITECTURES))}"
 
 

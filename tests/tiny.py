@@ -7,6 +7,7 @@ keys and values whose energy falls off, as it does in trained models, so that lo
 
 from __future__ import annotations
 
+import copy
 import string
 from pathlib import Path
 from typing import Any, cast
@@ -149,6 +150,7 @@ ROPE: dict[str, dict[str, Any]] = {
     "llama+dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
     "phi3+longrope": {
         "rope_type": "longrope",
+        "factor": 4.0,
         "short_factor": [1.0, 1.1, 1.2],
         "long_factor": [2.0, 4.0, 8.0],
         "rope_theta": 1e4,
@@ -165,9 +167,9 @@ def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
     architecture = name.split("+")[0]
     settings = {**_COMMON, **_SPECIAL[architecture]}
     if name in ROPE:
-        # A copy: the configuration completes what it is given.
-        settings["rope_parameters"] = dict(ROPE[name])
-    return CONFIG_MAPPING[architecture](**{**settings, **changes})
+        settings["rope_parameters"] = ROPE[name]
+    # A copy: the configuration completes the dictionaries that it is given.
+    return CONFIG_MAPPING[architecture](**copy.deepcopy({**settings, **changes}))
 
 
 def tiny_model(architecture: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
