@@ -4,15 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check format openapi clean
+.PHONY: help install demo test check format openapi table clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     run the main job end to end on the small model in demo/ (embedded: SQLite, no broker)"
 	@echo "make test     run all tests, on SQLite and on Postgres"
-	@echo "make check    lint, types, import rules, OpenAPI and migrations"
+	@echo "make check    lint, types, import rules, OpenAPI, support table and migrations"
 	@echo "make format   rewrite sources as the linter wants them"
 	@echo "make openapi  write openapi.json from the code"
+	@echo "make table    write the support table in docs/architectures.md from the registry and the tests"
 
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH: set PYTHON=... to a Python 3.11 or newer" >&2; exit 2; }
@@ -34,6 +35,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m app.openapi --check
+	$(BIN)/python -m tests.support_table --check
 	$(BIN)/python -m app.migrate --check
 
 format: $(STAMP)
@@ -42,6 +44,9 @@ format: $(STAMP)
 
 openapi: $(STAMP)
 	$(BIN)/python -m app.openapi
+
+table: $(STAMP)
+	$(BIN)/python -m tests.support_table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from orthokv.basis import KeyMode, Sharing, group_width
 from orthokv.budget import Budget
 from orthokv.errors import BudgetUnreachable, InvalidSetting
-from orthokv.geometry import AttentionGeometry
+from orthokv.geometry import AttentionGeometry, held_tokens
 from orthokv.profile import ErrorProfile, LayerProfile, candidate_ranks
 from orthokv.runtime.cache import POSITION_BYTES
 
@@ -91,9 +91,11 @@ class _Options:
         return _Options(self.ranks[index], self.bytes[index], self.error[index], self.damage[index])
 
 
-def position_bytes(geometry: AttentionGeometry, key_mode: KeyMode) -> int:
-    """Bytes a token that keys cached before RoPE need for their positions (one copy for the whole model)."""
-    return POSITION_BYTES if key_mode == "pre" and geometry.rope is not None else 0
+def position_bytes(geometry: AttentionGeometry, key_mode: KeyMode, tokens: int = 1) -> int:
+    """Bytes that keys cached before RoPE need for the positions of ``tokens`` tokens (one copy for each window)."""
+    if key_mode != "pre":
+        return 0
+    return POSITION_BYTES * sum(held_tokens(window, tokens) for window in geometry.rotated_windows())
 
 
 def interpolate(layer: LayerProfile) -> tuple[Ints, Ints, Floats]:

@@ -1,10 +1,10 @@
 """The one seam into ``transformers``: calibration, evaluation and serving all go through it.
 
-Three public hooks are used and no model code is copied or replaced: a registered attention function (which sees queries,
-keys and values of every layer), the mask function registered under the same name (without it, padded batches silently
-get no mask), and a forward pre-hook on each attention module. In key mode ``pre`` the pre-hook hands the stock forward
-identity rotary tables, so that queries and keys arrive un-rotated; the real tables are applied here, with the model's own
-function.
+Three public hooks are used: a registered attention function (which sees queries, keys and values of every layer), the mask
+function registered under the same name (without it, padded batches silently get no mask), and a forward pre-hook on each
+attention module. In key mode ``pre`` the pre-hook hands the stock forward identity rotary tables, so that queries and keys
+arrive un-rotated; the real tables are applied here, with the model's own function. No model code is copied or replaced,
+except where an attention module does not call the attention interface (``Architecture.forward``).
 """
 
 from __future__ import annotations
@@ -18,20 +18,22 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from orthokv.architectures import architecture_of, restore_forward, use_own_forward
 from orthokv.basis import Basis, KeyMode
 from orthokv.errors import InvalidSetting
-from orthokv.geometry import AttentionGeometry, attention_modules, check_key_mode, rotary_module
+from orthokv.geometry import AttentionGeometry, attention_modules, check_key_mode
+from orthokv.rotary import Rotary, Tables, layer_rotaries
 from orthokv.runtime.cache import LatentLayer, adopt_layer
 
 # Stock functions that can be wrapped. Flash kernels want equal K and V widths and get their masks another way.
 INNER = ("sdpa", "eager")
 PREFIX = "orthokv_"
 
-Tables = tuple[Tensor, Tensor]
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 
 
@@ -68,10 +70,16 @@ class _Call:
 
 @dataclass
 class SeamState:
-    """What the seam keeps on each attention module."""
+    """What the seam keeps on each attention module.
 
-    key_mode: KeyMode
-    rotary: nn.Module | None
+    ``implementation`` is what ``config`` must name for the attention function to be reached. ``rotary`` is set where the seam
+    turns queries and keys: in key mode ``pre``, in layers that use rotary embedding.
+    """
+
+    config: PreTrainedConfig
+    implementation: str
+    cache_argument: str
+    rotary: Rotary | None
     bases: LayerBases | None = None
     observer: Observer | None = None
     call: _Call | None = None
@@ -79,11 +87,12 @@ class SeamState:
 
 @dataclass
 class _StandIn:
-    """What stock attention functions read from the module, where latents change the number of KV heads."""
+    """What stock attention functions read from the module; latents change the number of KV heads."""
 
     num_key_value_groups: int
     is_causal: bool
     training: bool
+    sinks: Tensor | None
 
 
 def seam_of(model: PreTrainedModel) -> Seam | None:
@@ -115,20 +124,30 @@ class Seam:
             )
         self.model = model
         self.key_mode = key_mode
+        self._architecture = architecture_of(model.config)
         self._previous = inner.removeprefix(PREFIX)
+        self._implementation = self._previous if self._architecture.forward else PREFIX + self._previous
         self.modules = attention_modules(model)
         self._handles: list[RemovableHandle] = []
-        rotary = rotary_module(model) if key_mode == "pre" else None
-        self.install([SeamState(key_mode, rotary) for _ in self.modules])
+        cache = self._architecture.cache_argument
+        rotaries = layer_rotaries(model, self.geometry)
+        self.install(
+            [
+                SeamState(model.config, self._implementation, cache, rotary if key_mode == "pre" else None)
+                for rotary in rotaries
+            ]
+        )
 
     def install(self, states: list[SeamState]) -> None:
         """Put the hooks in place, with the given state for each layer."""
         for module, state in zip(self.modules, states, strict=True):
             # A plain attribute, not a submodule: nothing of it may reach the state dict.
             object.__setattr__(module, "_orthokv", state)
+            use_own_forward(self._architecture, module)
             self._handles.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_after_attention, always_call=True))
-        self.model.set_attn_implementation(PREFIX + self._previous)
+        if self._implementation != self._previous:
+            self.model.set_attn_implementation(self._implementation)
         object.__setattr__(self.model, "_orthokv_seam", self)
 
     def state(self, layer: int) -> SeamState:
@@ -149,7 +168,9 @@ class Seam:
         self._handles.clear()
         for module in self.modules:
             object.__delattr__(module, "_orthokv")
-        self.model.set_attn_implementation(self._previous)
+            restore_forward(self._architecture, module)
+        if self._implementation != self._previous:
+            self.model.set_attn_implementation(self._previous)
         object.__delattr__(self.model, "_orthokv_seam")
 
     def __enter__(self) -> Seam:
@@ -168,12 +189,12 @@ def _before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     state = cast(SeamState, module._orthokv)
-    implementation = cast(Any, module.config)._attn_implementation
-    if not implementation.startswith(PREFIX):
+    implementation = state.config._attn_implementation
+    if implementation != state.implementation:
         raise InvalidSetting(
             f"the attention implementation was changed to {implementation!r} while bases are attached; detach first"
         )
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(state.cache_argument)
     layer: LatentLayer | None = None
     if cache is not None and state.bases is not None:
         layer = adopt_layer(
@@ -197,16 +218,20 @@ def _after_attention(module: nn.Module, args: tuple[Any, ...], output: Any) -> N
     cast(SeamState, module._orthokv).call = None
 
 
-def _rotate(module: nn.Module, x: Tensor, tables: Tables) -> Tensor:
-    """Rotary embedding with the model's own function; the empty second argument spares its work on the other side."""
-    function = sys.modules[type(module).__module__].apply_rotary_pos_emb
-    return cast(Tensor, function(x, x[:, :0], *tables)[0])
-
-
 def _stock(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    eager = sys.modules[type(module).__module__].eager_attention_forward
+    """The function that the model itself would have called; the eager one is its own, with softcaps and sinks."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", eager_attention_forward)
     return cast(
         "Callable[..., tuple[Tensor, Tensor | None]]", ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
+    )
+
+
+def _stand_in(module: nn.Module, query: Tensor, key: Tensor) -> _StandIn:
+    return _StandIn(
+        num_key_value_groups=query.shape[1] // key.shape[1],
+        is_causal=getattr(module, "is_causal", True),
+        training=module.training,
+        sinks=getattr(module, "sinks", None),
     )
 
 
@@ -227,14 +252,19 @@ def _attend(
     if state.observer is not None:
         state.observer(query, key, value)
     if state.bases is not None and call.layer is not None:
-        return _attend_cached(stock, module, state.bases, call, query, key, value, attention_mask, **kwargs)
+        bases = state.bases
+        return _attend_cached(
+            stock, module, state.rotary, bases, call, query, key, value, attention_mask, **kwargs
+        )
     if state.bases is not None:
         # Without a cache the same round trip happens, so that scores agree with generation.
         key = _round_trip(key, state.bases.key, state.bases.store_dtype)
         value = _round_trip(value, state.bases.value, state.bases.store_dtype)
     if call.tables is not None:
-        query, key = _rotate(module, query, call.tables), _rotate(module, key, call.tables)
-    return stock(module, query, key, value, attention_mask, **kwargs)
+        assert state.rotary is not None
+        query = state.rotary.rotate(module, query, call.tables)
+        key = state.rotary.rotate(module, key, call.tables)
+    return stock(_stand_in(module, query, key), query, key, value, attention_mask, **kwargs)
 
 
 def _round_trip(x: Tensor, basis: Basis | None, store_dtype: torch.dtype | None) -> Tensor:
@@ -249,6 +279,7 @@ def _round_trip(x: Tensor, basis: Basis | None, store_dtype: torch.dtype | None)
 def _attend_cached(
     stock: Callable[..., tuple[Tensor, Tensor | None]],
     module: nn.Module,
+    rotary: Rotary | None,
     bases: LayerBases,
     call: _Call,
     query: Tensor,
@@ -262,7 +293,7 @@ def _attend_cached(
     assert bases.value is not None
     assert call.layer is not None
     key, value = key.to(query.dtype), value.to(query.dtype)
-    kv_heads, head_dim = bases.key.kv_heads, bases.key.head_dim
+    head_dim = bases.key.head_dim
     # One query token is bound by memory: attend to the latents themselves where they are not wider than a head. Longer
     # queries are bound by arithmetic, which latents wider than a head would multiply: rebuild the heads first.
     decoding = query.shape[2] == 1
@@ -273,16 +304,14 @@ def _attend_cached(
     else:
         key = bases.key.decode(key)
     if call.tables is not None:
-        query = _rotate(module, query, call.tables)
-        key = _rotate(module, key, call.layer.tables(cast(SeamState, module._orthokv).rotary, key))
+        assert rotary is not None
+        query = rotary.rotate(module, query, call.tables)
+        key = rotary.rotate(module, key, rotary.tables(call.layer.positions(), key))
     if not latent_value:
         value = bases.value.decode(value)
     heads = max(key.shape[1], value.shape[1])
     key, value = (x if x.shape[1] == heads else x.expand(-1, heads, -1, -1) for x in (key, value))
-    caller: Any = module
-    if heads != kv_heads:
-        caller = _StandIn(query.shape[1] // heads, getattr(module, "is_causal", True), module.training)
-    output, weights = stock(caller, query, key, value, attention_mask, **kwargs)
+    output, weights = stock(_stand_in(module, query, key), query, key, value, attention_mask, **kwargs)
     if latent_value:
         output = bases.value.output_from_latent(output)
     return output, weights

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from orthokv.architectures import architecture_of
 from orthokv.attention import Bases, LayerBases, Seam
 from orthokv.errors import InvalidModel
-from orthokv.geometry import AttentionGeometry, architecture_of, decoder_layers
+from orthokv.geometry import AttentionGeometry, decoder_layers
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from orthokv.codecs import CODECS, DEFAULT_CODEC
 from orthokv.digests import SUMS, sums_of, verify_files
 from orthokv.errors import CheckpointMismatch, InvalidCheckpoint, InvalidSetting, StorageError
 from orthokv.fingerprint import DTYPES
-from orthokv.geometry import AttentionGeometry
+from orthokv.geometry import AttentionGeometry, held_tokens
 from orthokv.profile import ErrorProfile, read_json, read_safetensors
 from orthokv.source import ModelSource
 
@@ -59,19 +59,16 @@ class Checkpoint:
     codec: str
     bases: tuple[Bases, ...]
 
-    @property
-    def latents_per_token(self) -> int:
-        return sum(
-            basis.latents_per_token
-            for layer in self.bases
+    def declared_bytes(self, *, sequences: int, tokens: int, number_bytes: int = 2) -> int:
+        """Bytes that a cache of ``sequences x tokens`` holds, with ``number_bytes`` a latent."""
+        latents = sum(
+            basis.latents_per_token * held_tokens(self.geometry.window(index), tokens)
+            for index, layer in enumerate(self.bases)
             for basis in (layer.key, layer.value)
             if basis is not None
         )
-
-    def declared_bytes(self, *, sequences: int, tokens: int, number_bytes: int = 2) -> int:
-        """Bytes that a cache of ``sequences x tokens`` holds, with ``number_bytes`` a latent."""
-        per_token = self.latents_per_token * number_bytes + position_bytes(self.geometry, self.key_mode)
-        return sequences * tokens * per_token
+        positions = position_bytes(self.geometry, self.key_mode, tokens)
+        return sequences * (latents * number_bytes + positions)
 
 
 # --------------------------------------------------------------------------------------------------- write

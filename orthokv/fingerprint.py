@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from orthokv.geometry import architecture_of, attention_modules
+from orthokv.architectures import architecture_of
+from orthokv.geometry import attention_modules
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -23,7 +24,7 @@ def _projections(model: PreTrainedModel) -> list[Tensor]:
     return [
         cast(Tensor, module.get_submodule(name).weight)
         for module in attention_modules(model)
-        for name in (architecture.key, architecture.value)
+        for name in architecture.projections
     ]
 
 
@@ -36,7 +37,7 @@ def _digest(weights: list[Tensor], dtype: torch.dtype) -> str:
 
 
 def weight_fingerprints(model: PreTrainedModel) -> dict[str, str]:
-    """sha256 of all key and value projections, once for each dtype that a user may load the model in.
+    """sha256 of all projections that make keys and values, once for each dtype that a user may load the model in.
 
     Only these weights decide what the bases must fit; hashing the rest of the model would refuse harmless changes, such as a
     resized vocabulary.

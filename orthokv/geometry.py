@@ -1,8 +1,4 @@
-"""What a model's attention looks like: read once, checked at every load.
-
-Only architectures in :data:`ARCHITECTURES` are accepted, because a wrong guess about where rotary embedding, scaling or
-the output projection sits changes logits silently. Everything else is refused by name.
-"""
+"""What a model's attention looks like: read once, checked at every load."""
 
 from __future__ import annotations
 
@@ -12,53 +8,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from orthokv.architectures import architecture_of
 from orthokv.errors import UnsupportedModel
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Where one model type of ``transformers`` keeps the parts that the library needs (dotted paths).
-
-    ``rotary`` is None where keys carry no rotary embedding: before and after RoPE are then the same.
-    """
-
-    layers: str
-    attention: str
-    output: str
-    key: str
-    value: str
-    rotary: str | None
-
-
-_LLAMA = Architecture(
-    layers="model.layers",
-    attention="self_attn",
-    output="o_proj",
-    key="k_proj",
-    value="v_proj",
-    rotary="model.rotary_emb",
-)
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "opt": Architecture(
-        layers="model.decoder.layers",
-        attention="self_attn",
-        output="out_proj",
-        key="k_proj",
-        value="v_proj",
-        rotary=None,
-    ),
-}
 
 # Rotary types whose tables depend on nothing but the position. Dynamic and long variants change the tables with the
 # sequence length, so keys rebuilt later would be rotated by other angles than the stock model used.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def held_tokens(window: int | None, tokens: int) -> int:
+    """How many of ``tokens`` a layer's cache still holds; a window of W keeps W - 1, as the next token completes it."""
+    return tokens if window is None else min(tokens, window - 1)
 
 
 @dataclass(frozen=True)
@@ -66,6 +28,9 @@ class AttentionGeometry:
     """Shape of a decoder's attention.
 
     ``rope_hash`` identifies the rotary parameters: bases fitted under one rotary embedding are wrong under another.
+
+    ``windows`` holds the sliding window of each layer in tokens (None: the layer sees all), ``rotated`` whether a layer
+    uses rotary embedding. Either is None where no layer differs from the plain case: no windows, all or none rotated.
     """
 
     model_type: str
@@ -77,6 +42,8 @@ class AttentionGeometry:
     max_positions: int
     rope: dict[str, Any] | None
     rope_hash: str
+    windows: tuple[int | None, ...] | None = None
+    rotated: tuple[bool, ...] | None = None
 
     @property
     def kv_width(self) -> int:
@@ -85,8 +52,18 @@ class AttentionGeometry:
 
     @property
     def dense_bytes_per_token(self) -> int:
-        """Bytes that one token adds to the uncompressed 16-bit cache of the whole model."""
+        """Bytes that one token adds to the uncompressed 16-bit cache of the whole model, while no window is full."""
         return self.layers * 2 * self.kv_width * 2
+
+    def uses_rope(self, layer: int) -> bool:
+        return self.rope is not None and (self.rotated is None or self.rotated[layer])
+
+    def window(self, layer: int) -> int | None:
+        return None if self.windows is None else self.windows[layer]
+
+    def rotated_windows(self) -> set[int | None]:
+        """The windows of the layers that use rotary embedding: layers with the same one share their positions."""
+        return {self.window(layer) for layer in range(self.layers) if self.uses_rope(layer)}
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -96,49 +73,55 @@ class AttentionGeometry:
         """Read the geometry of a model configuration.
 
         Raises:
-            UnsupportedModel: the model type is not in :data:`ARCHITECTURES`, or its layers are not uniform.
+            UnsupportedModel: see :func:`~orthokv.architectures.architecture_of`; or a feature that no release has.
         """
         architecture = architecture_of(config)
-        heads = int(config.num_attention_heads)
-        kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+        layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
+        grouped = getattr(config, "num_key_value_heads", None) if architecture.grouped_heads else None
+        kv_heads = int(grouped or heads)
         head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         if heads % kv_heads:
             raise UnsupportedModel(f"{heads} query heads do not divide into {kv_heads} KV heads")
+        if getattr(config, "use_bidirectional_attention", None):
+            raise UnsupportedModel(f"this {config.model_type} sees later tokens: it has no use for a cache")
         rope: dict[str, Any] | None = None
         if architecture.rotary is not None:
             rope = json.loads(json.dumps(getattr(config, "rope_parameters", None) or {}, sort_keys=True))
+        rotated = tuple(rope is not None and architecture.rotates(config, i) for i in range(layers))
+        # As the stock cache has them: it is what will hold the tokens.
+        windows = tuple(
+            getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers
+        )
         return cls(
             model_type=str(config.model_type),
-            layers=int(config.num_hidden_layers),
+            layers=layers,
             hidden_size=int(config.hidden_size),
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            max_positions=int(config.max_position_embeddings),
+            max_positions=int(getattr(config, architecture.max_positions)),
             rope=rope,
             rope_hash=hashlib.sha256(json.dumps(rope, sort_keys=True).encode()).hexdigest(),
+            windows=windows if any(windows) else None,
+            rotated=rotated if len(set(rotated)) > 1 else None,
         )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> AttentionGeometry:
         """The reverse of :meth:`to_dict`; TypeError for a missing, unknown or wrongly typed field."""
-        geometry = cls(**data)
+        lists = {name: tuple(data[name]) for name in ("windows", "rotated") if data.get(name) is not None}
+        geometry = cls(**{**data, **lists})
         for name in ("layers", "hidden_size", "heads", "kv_heads", "head_dim", "max_positions"):
             value = getattr(geometry, name)
             if type(value) is not int or value < 1:
                 raise TypeError(f"geometry.{name} is {value!r}")
+        for value in geometry.windows or ():
+            if value is not None and (type(value) is not int or value < 1):
+                raise TypeError(f"geometry.windows holds {value!r}")
+        for name, values in lists.items():
+            if len(values) != geometry.layers:
+                raise TypeError(f"geometry.{name} has {len(values)} entries for {geometry.layers} layers")
         return geometry
-
-
-def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The entry of :data:`ARCHITECTURES` for a configuration, or :class:`UnsupportedModel` naming its model type."""
-    architecture = ARCHITECTURES.get(str(config.model_type))
-    if architecture is None:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModel(
-            f"architecture {str(config.model_type)!r} is not supported (supported: {supported})"
-        )
-    return architecture
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -159,17 +142,19 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return [layer.get_submodule(name) for layer in decoder_layers(model)]
 
 
-def rotary_module(model: PreTrainedModel) -> nn.Module | None:
-    """The module that makes the rotary tables, or None where the architecture has none."""
-    path = architecture_of(model.config).rotary
-    return None if path is None else model.get_submodule(path)
+def rope_types(geometry: AttentionGeometry) -> set[str]:
+    """The rotary types that a model uses; models with tables for each layer type have several parameter sets."""
+    if geometry.rope is None:
+        return set()
+    nested = [x for x in geometry.rope.values() if isinstance(x, dict)]
+    return {str(x.get("rope_type", "default")) for x in nested or [geometry.rope]}
 
 
 def check_key_mode(geometry: AttentionGeometry, key_mode: str) -> None:
     """Refuse a key mode that the model's rotary embedding cannot serve exactly."""
-    rope_type = (geometry.rope or {}).get("rope_type", "default")
-    if key_mode == "pre" and geometry.rope is not None and rope_type not in STATIC_ROPE:
+    changing = sorted(rope_types(geometry) - set(STATIC_ROPE))
+    if key_mode == "pre" and changing:
         raise UnsupportedModel(
             f"key mode 'pre' needs rotary tables that do not change with the length; "
-            f"this model's rope_type is {rope_type!r} (use key mode 'post')"
+            f"this model's rope_type is {changing[0]!r} (use key mode 'post')"
         )

@@ -59,7 +59,8 @@ REFUSED_KEYS |= {"attn_implementation", "experts_implementation", "transformers_
 REFUSED_KEYS |= {"kernels", "use_kernels", "kernel_config", "kernel_mapping"}
 # Underscored keys become private attributes of the configuration; these transformers itself writes.
 HARMLESS_KEYS = {"_name_or_path", "_commit_hash", "_from_model_config", "_attn_implementation_autoset"}
-HARMLESS_KEYS |= {"_remove_final_layer_norm"}  # a switch of OPT, in every configuration of it
+# A switch of OPT, and how often Gemma 3 has a layer without a window: in every configuration of theirs.
+HARMLESS_KEYS |= {"_remove_final_layer_norm", "_sliding_window_pattern"}
 
 MAX_SETTINGS_BYTES = 64 << 20
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -250,9 +251,11 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: str = "cpu",
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
     """The uncompressed model in evaluation mode, without gradients; ``dtype`` None keeps the stored one.
+
+    ``attn_implementation`` None takes ``sdpa`` where the model has it: it lacks softcaps and attention sinks.
 
     Raises:
         UnsupportedModel: transformers has no causal language model of this type.
@@ -264,8 +267,8 @@ def load_model(
         config = _load_config(source, folder)
         safety = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
         # Other shapes are reported in ``info`` only where they are ignored; _check_weights refuses them.
-        wanted = {"dtype": dtype or "auto", "output_loading_info": True, "ignore_mismatched_sizes": True}
-        wanted["attn_implementation"] = attn_implementation
+        wanted: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
+        wanted |= {"attn_implementation": attn_implementation, "ignore_mismatched_sizes": True}
         load: Any = AutoModelForCausalLM.from_pretrained
         try:
             model, info = load(folder, config=config, **wanted, **safety)

@@ -10,12 +10,19 @@ and sequence), not once per layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from torch import Tensor
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from orthokv.errors import InvalidSetting
 
@@ -33,48 +40,20 @@ POSITION_BYTES = 4
 class PositionBook:
     """Positions of all cached tokens, shared by the layers of one cache that keep the same tokens.
 
-    Only the ``owner`` (the first such layer) writes; the others read what it wrote in the same forward.
+    They are kept in a stock layer of the same kind, one number a token where keys have a head, so that windows, crops, beams
+    and fixed buffers treat both alike. Only the ``owner`` (the first such layer) writes; the others read what it wrote in
+    the same forward.
     """
 
-    def __init__(self, owner: int) -> None:
+    def __init__(self, owner: int, layer: _StockLayer) -> None:
         self.owner = owner
-        self.stored: Tensor | None = None  # int32 [B, tokens kept by the layer]
+        self.layer = layer
         self.visible: Tensor | None = None  # int32 [B, tokens attended to in this forward]
 
-    def push(self, new: Tensor, batch: int, layer: LatentLayer, visible: int) -> None:
-        """Append ``new`` ``[1 or B, T]`` after the layer stored its latents; ``visible`` is the attended length."""
-        new = new.to(torch.int32).expand(batch, -1)
-        keys = cast(Tensor, layer.keys)
-        if isinstance(layer, StaticLayer):
-            if self.stored is None:
-                self.stored = torch.zeros(batch, keys.shape[-2], dtype=torch.int32, device=new.device)
-                if not torch.compiler.is_compiling():
-                    # As the stock layer does for its tensors: without it CUDA graphs are skipped.
-                    torch._dynamo.mark_static_address(self.stored)
-            filled = layer.cumulative_length
-            at = torch.arange(new.shape[1], device=new.device) + (filled - new.shape[1])
-            self.stored.index_copy_(1, at, new)
-            self.visible = self.stored
-            return
-        full = new if self.stored is None else torch.cat([self.stored, new], dim=1)
-        self.visible = full[:, -visible:]
-        self.stored = full[:, full.shape[1] - keys.shape[-2] :]
-
-    def select(self, indices: Tensor) -> None:
-        if self.stored is not None:
-            self.stored = self.stored[indices.to(self.stored.device)]
-
-    def repeat(self, repeats: int) -> None:
-        if self.stored is not None:
-            self.stored = self.stored.repeat_interleave(repeats, dim=0)
-
-    def crop(self, removed: int, kept: int) -> None:
-        if self.stored is not None:
-            left = self.stored[:, : self.stored.shape[1] - removed]
-            self.stored = left[:, left.shape[1] - kept :]
-
-    def clear(self) -> None:
-        self.stored = self.visible = None
+    def push(self, new: Tensor, batch: int) -> None:
+        """Append ``new`` ``[1 or B, T]``."""
+        new = new.to(torch.int32).expand(batch, -1)[:, None, :, None]
+        self.visible = self.layer.update(new, new[..., :0])[0][:, 0, :, 0]
 
 
 class _BasesRef:
@@ -113,54 +92,51 @@ class LatentLayer(_StockLayer):
         bases = self._ref.bases
         assert bases.key is not None
         assert bases.value is not None
-        keys, values = super().update(
+        if (book := self._own_book) is not None:
+            assert self.pending_positions is not None
+            book.push(self.pending_positions, key_states.shape[0])
+        self.pending_positions = None
+        return super().update(
             bases.key.encode(key_states).to(dtype),
             bases.value.encode(value_states).to(dtype),
             *args,
             **kwargs,
         )
-        if self._owns_book:
-            assert self.book is not None
-            assert self.pending_positions is not None
-            self.book.push(self.pending_positions, key_states.shape[0], self, keys.shape[-2])
-        self.pending_positions = None
-        return keys, values
 
     @property
-    def _owns_book(self) -> bool:
-        return self.book is not None and self.book.owner == self._index
+    def _own_book(self) -> PositionBook | None:
+        return self.book if self.book is not None and self.book.owner == self._index else None
 
-    def tables(self, rotary: nn.Module | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary tables ``[B, S, d]`` of every attended token, in the dtype and on the device of ``like``."""
-        assert rotary is not None
+    def positions(self) -> Tensor:
+        """Positions ``[B, S]`` of every attended token, int32."""
         assert self.book is not None
         assert self.book.visible is not None
-        return cast("tuple[Tensor, Tensor]", rotary(like, self.book.visible.to(like.device).long()))
+        return self.book.visible
 
     def reset(self) -> None:
         super().reset()
-        if self._owns_book:
-            cast(PositionBook, self.book).clear()
+        if (book := self._own_book) is not None:
+            book.layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        if self._owns_book and self.is_initialized:
-            cast(PositionBook, self.book).crop(abs(tokens_to_remove), cast(Tensor, self.keys).shape[-2])
+        if (book := self._own_book) is not None:
+            book.layer.crop(tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
-        if self._owns_book:
-            cast(PositionBook, self.book).select(beam_idx)
+        if (book := self._own_book) is not None:
+            book.layer.reorder_cache(cast(torch.LongTensor, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self._owns_book:
-            cast(PositionBook, self.book).repeat(repeats)
+        if (book := self._own_book) is not None:
+            book.layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        if self._owns_book:
-            cast(PositionBook, self.book).select(indices)
+        if (book := self._own_book) is not None:
+            book.layer.batch_select_indices(indices)
 
 
 class LatentDynamicLayer(LatentLayer, DynamicLayer):
@@ -170,15 +146,25 @@ class LatentDynamicLayer(LatentLayer, DynamicLayer):
 class LatentSlidingLayer(LatentLayer, DynamicSlidingWindowLayer):
     """Keeps the last ``sliding_window - 1`` tokens."""
 
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+        if (book := self._own_book) is not None:
+            cast(DynamicSlidingWindowLayer, book.layer).record_past = True
+
 
 class LatentStaticLayer(LatentLayer, StaticLayer):
     """Allocated once at full length."""
+
+
+class LatentStaticSlidingLayer(LatentLayer, StaticSlidingWindowLayer):
+    """Allocated once at the length of its window."""
 
 
 _LATENT_CLASS: dict[type, type[LatentLayer]] = {
     DynamicLayer: LatentDynamicLayer,
     DynamicSlidingWindowLayer: LatentSlidingLayer,
     StaticLayer: LatentStaticLayer,
+    StaticSlidingWindowLayer: LatentStaticSlidingLayer,
 }
 
 
@@ -209,15 +195,18 @@ def adopt_layer(cache: Cache, index: int, bases: LayerBases, *, positions: bool)
     latent.__dict__.update(layer.__dict__)
     latent._ref, latent._index = _BasesRef(bases), index
     latent.pending_positions, latent.expected = None, False
-    latent.book = _book(cache, index, latent) if positions else None
+    latent.book = _book(cache, index, layer) if positions else None
     cache.layers[index] = latent
     return latent
 
 
-def _book(cache: Cache, index: int, layer: LatentLayer) -> PositionBook:
+def _book(cache: Cache, index: int, layer: Any) -> PositionBook:
     """The book that layers of this kind share: they keep the same tokens, so one copy of the positions serves all."""
-    books: dict[tuple[type, int | None], PositionBook] = cache.__dict__.setdefault("_orthokv_books", {})
-    return books.setdefault((type(layer), getattr(layer, "sliding_window", None)), PositionBook(index))
+    books: dict[tuple[Any, ...], PositionBook] = cache.__dict__.setdefault("_orthokv_books", {})
+    kind = (type(layer), getattr(layer, "sliding_window", None), getattr(layer, "max_cache_len", None))
+    if kind not in books:
+        books[kind] = PositionBook(index, copy.deepcopy(layer))
+    return books[kind]
 
 
 def cached_tensors(cache: Cache) -> Iterator[Tensor]:
@@ -228,8 +217,8 @@ def cached_tensors(cache: Cache) -> Iterator[Tensor]:
             if tensor is not None:
                 yield tensor
     for book in cache.__dict__.get("_orthokv_books", {}).values():
-        if book.stored is not None:
-            yield book.stored
+        if book.layer.keys is not None:
+            yield book.layer.keys
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from orthokv.attention import LayerBases
 from orthokv.basis import KeyMode
@@ -13,18 +13,18 @@ from orthokv.geometry import AttentionGeometry
 from orthokv.runtime.cache import adopt_layer, cache_bytes
 
 
-def live_bytes_per_token(
-    geometry: AttentionGeometry, bases: Sequence[LayerBases], key_mode: KeyMode, *, tokens: int = 8
-) -> int:
-    """Fill a real cache with ``tokens`` tokens in 16 bits and count what it holds."""
+def live_bytes_per_token(geometry: AttentionGeometry, bases: Sequence[LayerBases], key_mode: KeyMode) -> int:
+    """Put one token into a real cache in 16 bits and count what it holds."""
     cache = DynamicCache()
-    shape = (1, geometry.kv_heads, tokens, geometry.head_dim)
-    positions = key_mode == "pre" and geometry.rope is not None
+    shape = (1, geometry.kv_heads, 1, geometry.head_dim)
     for index, layer_bases in enumerate(bases):
+        window = geometry.window(index)
+        cache.layers.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(window))
+        positions = key_mode == "pre" and geometry.uses_rope(index)
         layer = adopt_layer(cache, index, layer_bases, positions=positions)
-        layer.pending_positions = torch.arange(tokens).unsqueeze(0) if positions else None
+        layer.pending_positions = torch.zeros(1, 1) if positions else None
         # Only sizes matter: a plain bfloat16 tensor stands for what a 16-bit model would hand over.
         layer.store(
             torch.zeros(shape, dtype=torch.float32), torch.zeros(shape, dtype=torch.float32), torch.bfloat16
         )
-    return cache_bytes(cache) // tokens
+    return cache_bytes(cache)
