@@ -228,7 +228,10 @@ def _verify(model: str, folder: Path, files: Iterable[str]) -> str:
             content = hashlib.sha256(json.dumps(_base_config(model, folder), sort_keys=True).encode())
         elif name.endswith(".safetensors"):
             try:
-                with safe_open(folder / name, framework="pt"), open(folder / name, "rb") as file:
+                with (
+                    safe_open(folder / name, framework="pt", backend="pread"),
+                    open(folder / name, "rb") as file,
+                ):
                     content = hashlib.file_digest(file, "sha256")  # in chunks; opening checked all sizes
             except SafetensorError as error:
                 reason = first_line(error).removeprefix("Error while deserializing header: ")

@@ -86,7 +86,7 @@ def stored_tensors(source: ModelSource) -> dict[str, StoredTensor]:
         if not name.endswith(".safetensors"):
             continue
         path = source.folder / name
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", backend="pread") as file:
             for key in file.keys():  # noqa: SIM118
                 entry = file.get_slice(key)
                 if entry.get_dtype() not in _DTYPES:
@@ -196,10 +196,10 @@ class StreamedWeights:
         """Load every weight of the model whose name begins with one of ``prefixes``."""
         keys = [key for key, target in self._targets.items() if target.startswith(prefixes)]
         with ExitStack() as stack:
-            # Opened for this read only: pages of a file that stays mapped count as this process's memory.
+            # Not mapped: the map of a file larger than the memory is refused, and its pages count as this process's.
             try:
                 opened = {
-                    path: stack.enter_context(safe_open(path, framework="pt"))
+                    path: stack.enter_context(safe_open(path, framework="pt", backend="pread"))
                     for path in {self._files[key] for key in keys}
                 }
                 slices = {key: opened[self._files[key]].get_slice(key) for key in keys}

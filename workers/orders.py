@@ -124,6 +124,7 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
             seed=order.spec["seed"],
             steps=method["steps"],
             device=settings.device,
+            spill=settings.spill_activations,
         ),
         budget=order.budget,
         form=order.form,

@@ -39,6 +39,7 @@ class RunSettings(_Message):
     seed: int
     steps: int | None
     device: str
+    spill: bool
 
 
 class Budget(_Message):
