@@ -118,7 +118,7 @@ class LayerWalk:
         self.inputs, self.outputs = (
             empty_states((len(tokens), *first.shape[1:]), first.dtype, self.device) for _ in range(2)
         )
-        for batch in self.batches():
+        for batch in self.batches(len(tokens)):
             self.inputs[batch] = self._first_input(tokens[batch])[0]
         # A few models' layers return a tuple; what stands in for a layer must do as they do.
         with torch.no_grad():
@@ -128,10 +128,10 @@ class LayerWalk:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def batches(self) -> Iterator[slice]:
+    def batches(self, blocks: int) -> Iterator[slice]:
         """Slices of at most ``batch_size`` blocks, in order."""
-        for start in range(0, len(self.tokens), self.batch_size):
-            yield slice(start, min(start + self.batch_size, len(self.tokens)))
+        for start in range(0, blocks, self.batch_size):
+            yield slice(start, min(start + self.batch_size, blocks))
 
     @torch.no_grad()
     def _first_input(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -192,12 +192,14 @@ class LayerWalk:
 
     @torch.no_grad()
     def through(self, layer: int, source: Tensor, target: Tensor) -> None:
-        """Like :meth:`run`, on other hidden states of the same shape; ``target`` may be ``source``."""
-        for batch in self.batches():
+        """Like :meth:`run`, on any number of other blocks of the same length; ``target`` may be ``source``."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for batch in self.batches(len(source)):
             output = self.forward(layer, source[batch])
             target[batch] = output
-            if not bool(torch.isfinite(output).all()):
-                raise InvalidModel(f"layer {layer} of the model produces values that are not finite")
+            finite &= output.isfinite().all()  # asked once: every question stops a GPU's queue
+        if not bool(finite):
+            raise InvalidModel(f"layer {layer} of the model produces values that are not finite")
 
     def advance(self) -> None:
         """Make the outputs the next layer's inputs."""

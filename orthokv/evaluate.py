@@ -161,26 +161,27 @@ def separate_divergences(
     In one pass over the layers: the hidden states of a model with one compressed layer leave the uncompressed ones there.
     ``layers + 1`` sets of hidden states are held at its end.
     """
-    streams: list[Tensor] = []
+    n = len(blocks)
     with compressed(seam, [None] * len(bases)):
         walk = LayerWalk(seam.model, blocks.tokens, batch_size)
+        shape = (len(bases) * n, *walk.inputs.shape[1:])
+        states = empty_states(shape, walk.inputs.dtype, walk.device)
         for i, layer in enumerate(bases):
-            for states in streams:
-                walk.through(i, states, states)
-            streams.append(empty_states(walk.inputs.shape, walk.inputs.dtype, walk.device))
+            walk.through(i, states[: i * n], states[: i * n])
             seam.set_bases(i, layer)
-            walk.through(i, walk.inputs, streams[i])
+            walk.through(i, walk.inputs, states[i * n : (i + 1) * n])
             seam.set_bases(i, None)
             walk.run(i)
             walk.advance()
             report(Step("sensitivity", i + 1, len(bases), "layers"))
         total = [0.0] * len(bases)
-        for n in range(len(blocks)):
-            block = slice(n, n + 1)
+        for j in range(n):
+            block = slice(j, j + 1)
             dense = walk.logits(walk.inputs[block], block)[0, :-1].float()
-            for i, states in enumerate(streams):
-                total[i] += divergence(dense, walk.logits(states[block], block)[0, :-1].float())
-    tokens = len(blocks) * (blocks.tokens.shape[1] - 1)
+            for i in range(len(bases)):
+                at = i * n + j
+                total[i] += divergence(dense, walk.logits(states[at : at + 1], block)[0, :-1].float())
+    tokens = n * (blocks.tokens.shape[1] - 1)
     return [kl / tokens for kl in total]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import struct
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks.make_model import write_model
 from orthokv.budget import Budget
 from orthokv.capture import LayerWalk, spilled_to
+from orthokv.cli import main
 from orthokv.dataset import TextSource
 from orthokv.errors import InvalidModel, InvalidSetting, StorageError
 from orthokv.fingerprint import matches, weight_fingerprints
@@ -227,19 +227,20 @@ def test_bases_attach_to_a_streamed_model(text: TextSource, tmp_path: Path) -> N
     assert torch.equal(detach(streamed)(tokens).logits, dense)
 
 
-PEAK = """
+PEAKS = """
 import sys, torch
 from orthokv.memory import peak_bytes
 from orthokv.source import load_model, resolve_model
 from orthokv.streaming import stream_model
 torch.set_num_threads(1)
-load = {"whole": load_model, "streamed": stream_model}[sys.argv[2]]
 source = resolve_model(sys.argv[1])
-before = peak_bytes()
-model = load(source, dtype=torch.float32)
-with torch.no_grad():
-    model(torch.arange(8).view(1, -1))
-print(peak_bytes() - before)
+peaks = [peak_bytes()]
+for load in (stream_model, load_model):
+    model = load(source, dtype=torch.float32)
+    with torch.no_grad():
+        model(torch.arange(8).view(1, -1))
+    peaks.append(peak_bytes())
+print(*peaks)
 """
 
 
@@ -248,19 +249,19 @@ def test_peak_memory_is_a_few_layers_whatever_the_depth(tmp_path: Path) -> None:
         vocab_size=64,
         hidden_size=512,
         intermediate_size=4096,
-        num_hidden_layers=24,
+        num_hidden_layers=16,
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=64,
     )
     write_model(tmp_path / "model", config, seed=0, dtype="bfloat16")
     layer = 4 * (3 * 512 * 4096 + 2 * 512 * 512 + 2 * 512 * 128)  # bytes in float32
-    peaks = {}
-    for mode in ("whole", "streamed"):
-        command = [sys.executable, "-c", PEAK, str(tmp_path / "model"), mode]
-        peaks[mode] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert peaks["whole"] > 20 * layer
-    assert peaks["streamed"] < 5 * layer
+    ran = subprocess.run(
+        [sys.executable, "-c", PEAKS, str(tmp_path / "model")], check=True, capture_output=True, text=True
+    )
+    before, streamed, whole = (int(peak) for peak in ran.stdout.split())
+    assert streamed - before < 5 * layer
+    assert whole - before > 15 * layer
 
 
 # ------------------------------------------------------------------------------------------------ when, and when not
@@ -388,34 +389,37 @@ def test_a_folder_that_cannot_hold_the_hidden_states_is_named(tmp_path: Path) ->
         LayerWalk(tiny_model("llama"), tiny_tokens(2, 8), 2)
 
 
-def test_the_command_line_streams_and_spills(tmp_path: Path) -> None:
-    folder, out, spill = tiny_folder(tmp_path, "llama"), tmp_path / "out", tmp_path / "spill"
+def test_the_command_line_streams_spills_and_prints_its_peak(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, spill = tiny_folder(tmp_path, "llama"), tmp_path / "spill"
     (tmp_path / "text.txt").write_text(tiny_text(400))
     spill.mkdir()
-    base = [
-        sys.executable,
-        "-m",
-        "orthokv.cli",
-        "compress",
-        str(folder),
-        "--kept",
-        "0.5",
-        "--method",
-        "eigen",
-    ]
-    sizes = ["--num-samples", "4", "--sequence-length", "16", "--dataset", str(tmp_path / "text.txt")]
-    ran = subprocess.run(
-        [*base, *sizes, "--out", str(out), "--streaming", "on", "--spill", str(spill), "--device", "cpu"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert "streamed from disk" in ran.stderr
-    assert ran.stdout.splitlines()[-1].startswith("peak memory ")
-    assert (out / "orthokv.json").is_file()
-    refused = subprocess.run(
-        [*base, *sizes, "--out", str(tmp_path / "b"), "--spill", "nowhere"], capture_output=True, text=True
-    )
-    assert refused.returncode == 2
-    assert "nowhere is not a folder" in refused.stderr
+
+    def run(out: str, *options: object) -> int:
+        given = [
+            folder,
+            "--dataset",
+            tmp_path / "text.txt",
+            "--kept",
+            "0.5",
+            "--method",
+            "eigen",
+            "--device",
+            "cpu",
+        ]
+        sizes = ["--num-samples", "4", "--sequence-length", "16", "--out", tmp_path / out]
+        with pytest.raises(SystemExit) as ended:
+            main(["compress", *map(str, [*given, *sizes, *options])])
+        return int(ended.value.code or 0)
+
+    assert run("out", "--streaming", "on", "--spill", spill) == 0
+    assert "streamed from disk" in caplog.text
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert float(last.removeprefix("peak memory ").removesuffix(" GiB")) > 0
+    assert (tmp_path / "out" / "orthokv.json").is_file()
+    assert run("other", "--spill", tmp_path / "nowhere") == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+    assert run("other", "--streaming", "never") == 2
+    assert "'never'" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
