@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     runner_environment: tuple[str, ...] = ()
     """Names of further variables to hand to the runner, which otherwise sees no secret."""
     device: str = "auto"
+    spill_activations: bool = False
+    """Keep hidden states in files of a step's working folder instead of memory."""
     progress_seconds: Seconds = 1.0
     """Progress lines of a child are written to the database at most this often."""
 

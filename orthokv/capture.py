@@ -6,7 +6,14 @@ are independent and can be fitted on different machines.
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,7 +22,7 @@ from transformers import PreTrainedModel
 
 from orthokv.architectures import architecture_of
 from orthokv.attention import Bases, LayerBases, Seam
-from orthokv.errors import InvalidModel
+from orthokv.errors import InvalidModel, StorageError
 from orthokv.geometry import AttentionGeometry, decoder_layers
 
 
@@ -54,15 +61,52 @@ class _Stop(Exception):
     """Ends a forward once the first layer's input is known."""
 
 
+_spill_folder: ContextVar[Path | None] = ContextVar("spill_folder", default=None)
+
+
+@contextmanager
+def spilled_to(folder: Path | None) -> Iterator[None]:
+    """Hidden states of walks that begin inside the block are kept in files in ``folder`` (which exists), not in memory.
+
+    The files have no name and vanish with the walk. None keeps them in memory, on the model's device.
+    """
+    token = _spill_folder.set(folder)
+    try:
+        yield
+    finally:
+        _spill_folder.reset(token)
+
+
+def empty_states(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for hidden states, on ``device`` or where :func:`spilled_to` says (then a tensor of the CPU's).
+
+    Raises:
+        StorageError: the folder cannot be written, or is too small.
+    """
+    folder = _spill_folder.get()
+    if folder is None:
+        return torch.empty(*shape, dtype=dtype, device=device)
+    numbers = math.prod(shape)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="orthokv-states-") as file:
+            # Reserved now where the system can: on a disk that is full later, writing a page would kill the process.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)
+            return torch.from_file(file.name, shared=True, size=numbers, dtype=dtype).view(*shape)
+    except OSError as error:
+        raise StorageError(f"activations cannot be spilled to {folder}: {error.strerror}") from error
+
+
 class LayerWalk:
     """Feeds equally long blocks through a model one decoder layer at a time.
 
     Args:
-        model: a supported model in evaluation mode.
+        model: a supported model in evaluation mode, whole or streamed from disk.
         tokens: int64 ``[num_samples, sequence_length]``.
         batch_size: blocks per forward of a layer.
 
-    ``inputs`` and ``outputs`` hold the present layer's hidden states, ``[num_samples, T, hidden]`` in the model's dtype.
+    ``inputs`` and ``outputs`` hold the present layer's hidden states, ``[num_samples, T, hidden]`` in the model's dtype, on its
+    device or spilled to files.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: Tensor, batch_size: int) -> None:
@@ -70,49 +114,72 @@ class LayerWalk:
         self.layers = decoder_layers(model)
         self.device = model.device
         self.batch_size = batch_size
+        self.tokens = tokens
+        first, arguments = self._first_input(tokens[:1])
+        self.inputs, self.outputs = (
+            empty_states((len(tokens), *first.shape[1:]), first.dtype, self.device) for _ in range(2)
+        )
+        for batch in self.batches(len(tokens)):
+            self.inputs[batch] = self._first_input(tokens[batch])[0]
+        # A few models' layers return a tuple; what stands in for a layer must do as they do.
+        with torch.no_grad():
+            self._tuples = isinstance(self.layers[0](first, **arguments), tuple)
         self._arguments = self._layer_arguments(tokens[:1])
-        self.inputs = torch.cat([self._first_input(batch) for batch in torch.split(tokens, batch_size)])
-        self.outputs = torch.empty_like(self.inputs)
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    def batches(self, blocks: int) -> Iterator[slice]:
+        """Slices of at most ``batch_size`` blocks, in order."""
+        for start in range(0, blocks, self.batch_size):
+            yield slice(start, min(start + self.batch_size, blocks))
+
+    @torch.no_grad()
+    def _first_input(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """What the first layer is given: hidden states, and everything else."""
+        found: list[tuple[Tensor, dict[str, Any]]] = []
+
+        def stop(hidden_states: Tensor, **kwargs: Any) -> Any:
+            found.append((hidden_states, kwargs))
+            raise _Stop
+
+        with self._layers_replaced([stop, *[self._pass_on] * (len(self) - 1)]), suppress(_Stop):
+            self.model(tokens.to(self.device), use_cache=False)
+        return found[0]
 
     @torch.no_grad()
     def _layer_arguments(self, tokens: Tensor) -> list[dict[str, Any]]:
         """What the model passes to each layer besides hidden states: the same for all blocks of one length."""
         seen: list[dict[str, Any]] = []
 
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
+        def record(hidden_states: Tensor, **kwargs: Any) -> Any:
+            seen.append(kwargs)
+            return self._pass_on(hidden_states)
 
-        handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in self.layers]
-        try:
+        with self._layers_replaced([record] * len(self)):
             self.model(tokens.to(self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
         return seen
 
-    @torch.no_grad()
-    def _first_input(self, tokens: Tensor) -> Tensor:
-        found: list[Tensor] = []
+    def _pass_on(self, hidden_states: Tensor, **kwargs: Any) -> Any:
+        return (hidden_states, None) if self._tuples else hidden_states
 
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found.append(args[0] if args else kwargs["hidden_states"])
-            raise _Stop
-
-        handle = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    @contextmanager
+    def _layers_replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """The model's own forward around other layers: what comes before and after them is never re-implemented here."""
+        before = [layer.__dict__.get("forward") for layer in self.layers]
         try:
-            self.model(tokens.to(self.device), use_cache=False)
-        except _Stop:
-            pass
+            for layer, forward in zip(self.layers, forwards, strict=True):
+                layer.forward = forward
+            yield
         finally:
-            handle.remove()
-        return found[0]
+            for layer, own in zip(self.layers, before, strict=True):
+                layer.__dict__.pop("forward", None)
+                if own is not None:
+                    layer.forward = own
 
     def forward(self, layer: int, hidden: Tensor) -> Tensor:
         """One decoder layer on ``hidden`` ``[b, T, hidden]``, through whatever the seam does there now."""
-        output = self.layers[layer](hidden, **self._arguments[layer])
+        output = self.layers[layer](hidden.to(self.device), **self._arguments[layer])
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     @torch.no_grad()
@@ -122,15 +189,33 @@ class LayerWalk:
         Raises:
             InvalidModel: the layer produces numbers that are not finite.
         """
-        for start in range(0, len(self.inputs), self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            self.outputs[batch] = self.forward(layer, self.inputs[batch])
-        if not bool(torch.isfinite(self.outputs).all()):
+        self.through(layer, self.inputs, self.outputs)
+
+    @torch.no_grad()
+    def through(self, layer: int, source: Tensor, target: Tensor) -> None:
+        """Like :meth:`run`, on any number of other blocks of the same length; ``target`` may be ``source``."""
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for batch in self.batches(len(source)):
+            output = self.forward(layer, source[batch])
+            target[batch] = output
+            finite &= output.isfinite().all()  # asked once: every question stops a GPU's queue
+        if not bool(finite):
             raise InvalidModel(f"layer {layer} of the model produces values that are not finite")
 
     def advance(self) -> None:
         """Make the outputs the next layer's inputs."""
         self.inputs, self.outputs = self.outputs, self.inputs
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor, blocks: slice) -> Tensor:
+        """Logits ``[b, T, vocabulary]`` of some blocks whose last layer's output is ``hidden`` ``[b, T, hidden]``."""
+
+        def last(hidden_states: Tensor, **kwargs: Any) -> Any:
+            return self._pass_on(hidden.to(self.device))
+
+        with self._layers_replaced([*[self._pass_on] * (len(self) - 1), last]):
+            output = self.model(self.tokens[blocks].to(self.device), use_cache=False)
+        return cast(Tensor, output.logits)
 
 
 @torch.no_grad()
@@ -205,7 +290,7 @@ class LayerTask:
 
     def loss(self, bases: LayerBases, blocks: list[int]) -> Tensor:
         """Squared relative error of the layer's output over some blocks, ``||Z - Z~||^2 / ||Z||^2`` (paper section 2)."""
-        target = self.walk.outputs[blocks].float()
+        target = self._target(blocks)
         return (self._compressed(bases, blocks) - target).square().sum() / target.square().sum()
 
     @torch.no_grad()
@@ -215,12 +300,15 @@ class LayerTask:
         tokens = 0
         for start in range(0, len(blocks), self.walk.batch_size):
             part = blocks[start : start + self.walk.batch_size]
-            target, output = self.walk.outputs[part].float(), self._compressed(bases, part)
+            target, output = self._target(part), self._compressed(bases, part)
             difference += float((output - target).double().square().sum())
             norm += float(target.double().square().sum())
             cosine += float(nn.functional.cosine_similarity(output, target, dim=-1).double().sum())
             tokens += target.shape[0] * target.shape[1]
         return Comparison((difference / norm) ** 0.5, cosine / tokens)
+
+    def _target(self, blocks: list[int]) -> Tensor:
+        return self.walk.outputs[blocks].to(self.walk.device).float()
 
     def _compressed(self, bases: LayerBases, blocks: list[int]) -> Tensor:
         before = self.seam.state(self.index).bases

@@ -59,6 +59,16 @@ RefineSteps = Annotated[
 Samples = Annotated[int, typer.Option(help="Number of token blocks.")]
 Length = Annotated[int, typer.Option(help="Tokens in a block.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+StreamingOption = Annotated[
+    str,
+    typer.Option(
+        "--streaming",
+        help="Read one decoder layer at a time from disk: on, off, or auto (if memory is short).",
+    ),
+]
+SpillOption = Annotated[
+    Path | None, typer.Option("--spill", help="A folder for hidden states, which otherwise stay in memory.")
+]
 FormOption = Annotated[str, typer.Option(help="adapter, or full: with the base model's own files.")]
 Out = Annotated[Path, typer.Option(help="A folder that does not exist yet.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -102,13 +112,17 @@ def compress(
     form: FormOption = "adapter",
     seed: int = 0,
     device: Device = "auto",
+    streaming: StreamingOption = "auto",
+    spill: SpillOption = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Fit bases, choose ranks for a budget and write a checkpoint."""
     budget = Budget.from_options(kept=kept, layer_error=layer_error, perplexity_increase=perplexity_increase)
+    from orthokv.capture import spilled_to
     from orthokv.checkpoint import FORMS
     from orthokv.errors import InvalidSetting
+    from orthokv.memory import GIB, peak_bytes, peak_device_bytes
     from orthokv.pipeline import FitSettings
     from orthokv.pipeline import compress as run
     from orthokv.source import resolve_model
@@ -128,8 +142,9 @@ def compress(
         seed=seed,
     )
     _refuse_taken(out)
+    _check_spill(spill)
     source = resolve_model(model, revision=revision)
-    with reporter() as report:
+    with reporter() as report, spilled_to(spill):
         made = run(
             source,
             _text(dataset, field),
@@ -138,6 +153,7 @@ def compress(
             settings,
             form=form,  # type: ignore[arg-type]
             device=device,
+            streaming=streaming,  # type: ignore[arg-type]
             report=report,
         )
     if as_json:
@@ -147,6 +163,8 @@ def compress(
                 "measured": made.measured,
                 "plan": made.plan.to_dict(),
                 "reached": made.reached,
+                "peak_memory_bytes": peak_bytes(),
+                "peak_device_bytes": peak_device_bytes(),
             }
         )
         return
@@ -155,6 +173,8 @@ def compress(
     out_console.print(plan_table(made.plan, made.profile))
     _print_quality(made.measured)
     out_console.print(f"checkpoint: {out}", soft_wrap=True)
+    on_device = f", {peak_device_bytes() / GIB:.1f} GiB on the device" if peak_device_bytes() else ""
+    out_console.print(f"peak memory {peak_bytes() / GIB:.1f} GiB{on_device}")
 
 
 @app.command()
@@ -168,15 +188,19 @@ def evaluate(
     sequence_length: Length = 1024,
     field: Field = "text",
     device: Device = "auto",
+    streaming: StreamingOption = "auto",
+    spill: SpillOption = None,
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Measure a checkpoint: perplexity, KL, layer errors, live cache bytes and decoding speed."""
+    from orthokv.capture import spilled_to
     from orthokv.checkpoint import read_checkpoint
     from orthokv.dataset import TextSource, load_blocks
     from orthokv.pipeline import evaluate_checkpoint, load
     from orthokv.source import load_tokenizer
 
+    _check_spill(spill)
     found = read_checkpoint(checkpoint)
     source = _base_of(found.config["base_model"], model, revision)
     blocks = load_blocks(
@@ -186,8 +210,8 @@ def evaluate(
         sequence_length=sequence_length,
         max_positions=found.geometry.max_positions,
     )
-    loaded = load(source, device)
-    with reporter() as report:
+    loaded = load(source, device, streaming=streaming)  # type: ignore[arg-type]
+    with reporter() as report, spilled_to(spill):
         measured = evaluate_checkpoint(loaded, found, blocks, speed=True, report=report)
     if as_json:
         _print_json(measured)
@@ -214,6 +238,7 @@ def compare(
     field: Field = "text",
     seed: int = 0,
     device: Device = "auto",
+    streaming: StreamingOption = "auto",
     revision: Revision = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of quality against bytes.")] = None,
     as_json: Json = False,
@@ -242,7 +267,7 @@ def compare(
         epochs=epochs,
     )
     source = resolve_model(model, revision=revision)
-    loaded = load(source, device)
+    loaded = load(source, device, streaming=streaming)  # type: ignore[arg-type]
     with reporter() as report:
         blocks = prepare_blocks(source, _text(dataset, field), settings, loaded, report)
         held_out = load_blocks(
@@ -329,7 +354,7 @@ def generate(
     found = read_checkpoint(checkpoint)
     source = _base_of(found.config["base_model"], model, revision)
     used = None if uncompressed else found
-    made = run(load(source, device), load_tokenizer(source), used, prompt, max_new_tokens)
+    made = run(load(source, device, streaming="off"), load_tokenizer(source), used, prompt, max_new_tokens)
     if as_json:
         _print_json(made.to_dict())
         return
@@ -396,6 +421,13 @@ def _refuse_taken(out: Path) -> None:
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidSetting(f"{out} exists and is not an empty folder")
+
+
+def _check_spill(spill: Path | None) -> None:
+    from orthokv.errors import InvalidSetting
+
+    if spill is not None and not spill.is_dir():
+        raise InvalidSetting(f"--spill {spill} is not a folder")
 
 
 def _check_plot(plot: Path | None) -> None:

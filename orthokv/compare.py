@@ -16,7 +16,7 @@ from orthokv.basis import SHARINGS, Sharing
 from orthokv.budget import Budget
 from orthokv.dataset import Blocks
 from orthokv.errors import InvalidSetting
-from orthokv.evaluate import cache_size, layer_errors, quality
+from orthokv.evaluate import cache_size, quality_by_layer
 from orthokv.methods import METHODS
 from orthokv.pipeline import FitSettings, build_profile, fit_layers, planned_bases
 from orthokv.progress import Reporter, Step, silent
@@ -100,9 +100,8 @@ def compare_methods(
             plan = allocate(profile, budget, allocation)
             bases = planned_bases(model, profile, plan)
             with Seam(model, profile.key_mode) as seam:
-                found = quality(seam, bases, evaluation)
+                found, layers = quality_by_layer(seam, bases, evaluation)
                 size = cache_size(seam, bases, evaluation.tokens[0])
-                errors, _ = layer_errors(seam, bases, Blocks.of(evaluation.tokens[:4], evaluation.source))
             rows.append(
                 ComparisonRow(
                     method=str(choice),
@@ -114,7 +113,7 @@ def compare_methods(
                     perplexity=found.perplexity,
                     perplexity_dense=found.perplexity_dense,
                     kl=found.kl,
-                    layer_error=sum(errors) / len(errors),
+                    layer_error=sum(layer.error for layer in layers) / len(layers),
                     seconds=seconds,
                 )
             )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from orthokv.attention import LayerBases, Seam
-from orthokv.capture import LayerTask, LayerWalk
+from orthokv.capture import Comparison, LayerTask, LayerWalk, empty_states
 from orthokv.dataset import Blocks
 from orthokv.errors import InvalidModel
 from orthokv.progress import Reporter, Step, silent
@@ -86,52 +86,109 @@ def divergence(dense: Tensor, other: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).double().sum())
 
 
-def quality(seam: Seam, bases: Sequence[LayerBases], blocks: Blocks, report: Reporter = silent) -> Quality:
-    """Perplexity and KL of ``bases`` on ``blocks``, one block at a time (logits of one block are held).
+def quality(
+    seam: Seam, bases: Sequence[LayerBases], blocks: Blocks, report: Reporter = silent, batch_size: int = 4
+) -> Quality:
+    """Perplexity and KL of ``bases`` on ``blocks`` (logits of one block at a time are held).
 
     Raises:
         InvalidModel: the predictions are not finite.
     """
+    return quality_by_layer(seam, bases, blocks, report, batch_size, compared=0)[0]
+
+
+def quality_by_layer(
+    seam: Seam,
+    bases: Sequence[LayerBases],
+    blocks: Blocks,
+    report: Reporter = silent,
+    batch_size: int = 4,
+    compared: int = 4,
+) -> tuple[Quality, list[Comparison]]:
+    """:func:`quality`, and every layer's output error and cosine on uncompressed inputs with that layer alone compressed.
+
+    Uncompressed and compressed hidden states go through the layers side by side, so that a model streamed from disk is read
+    once. The layers are compared on the first ``compared`` blocks.
+
+    Raises:
+        InvalidModel: the predictions are not finite.
+    """
+    comparisons: list[Comparison] = []
+    with compressed(seam, [None] * len(bases)):
+        walk = LayerWalk(seam.model, blocks.tokens, batch_size)
+        states = empty_states(walk.inputs.shape, walk.inputs.dtype, walk.device)
+        states.copy_(walk.inputs)
+        for i, layer in enumerate(bases):
+            walk.run(i)
+            if compared:
+                task = LayerTask(i, walk, seam)
+                comparisons.append(task.compare(layer, list(range(min(compared, len(blocks))))))
+            seam.set_bases(i, layer)
+            walk.through(i, states, states)
+            seam.set_bases(i, None)
+            walk.advance()
+            report(Step("evaluating", i + 1, len(bases), "layers"))
+        found = _compare_predictions(walk, walk.inputs, states)
+    return found, comparisons
+
+
+def _compare_predictions(walk: LayerWalk, dense_states: Tensor, states: Tensor) -> Quality:
+    """The quality of two sets of last hidden states ``[n, T, hidden]``."""
     nll = nll_dense = kl = 0.0
-    count = 0
-    none: list[LayerBases | None] = [None] * len(bases)
-    for i, tokens in enumerate(blocks.tokens):
-        with compressed(seam, none):
-            dense = block_logits(seam.model, tokens)
-        with compressed(seam, bases):
-            other = block_logits(seam.model, tokens)
+    for i, tokens in enumerate(walk.tokens):
+        block = slice(i, i + 1)
+        dense = walk.logits(dense_states[block], block)[0, :-1].float()
+        other = walk.logits(states[block], block)[0, :-1].float()
         nll_dense += _nll(dense, tokens)
         nll += _nll(other, tokens)
         kl += divergence(dense, other)
-        count += len(tokens) - 1
-        report(Step("evaluating", i + 1, len(blocks), "blocks"))
+    count = walk.tokens.shape[0] * (walk.tokens.shape[1] - 1)
     found = Quality(_perplexity(nll / count), _perplexity(nll_dense / count), kl / count, count)
     if not all(math.isfinite(x) for x in (found.perplexity, found.perplexity_dense, found.kl)):
         raise InvalidModel(f"the predictions are not finite: {found}")
     return found
 
 
+def separate_divergences(
+    seam: Seam,
+    bases: Sequence[LayerBases],
+    blocks: Blocks,
+    report: Reporter = silent,
+    batch_size: int = 4,
+) -> list[float]:
+    """KL(dense || compressed) in nats, mean over tokens, of each layer compressed alone, at every layer.
+
+    In one pass over the layers: the hidden states of a model with one compressed layer leave the uncompressed ones there.
+    ``layers + 1`` sets of hidden states are held at its end.
+    """
+    n = len(blocks)
+    with compressed(seam, [None] * len(bases)):
+        walk = LayerWalk(seam.model, blocks.tokens, batch_size)
+        shape = (len(bases) * n, *walk.inputs.shape[1:])
+        states = empty_states(shape, walk.inputs.dtype, walk.device)
+        for i, layer in enumerate(bases):
+            walk.through(i, states[: i * n], states[: i * n])
+            seam.set_bases(i, layer)
+            walk.through(i, walk.inputs, states[i * n : (i + 1) * n])
+            seam.set_bases(i, None)
+            walk.run(i)
+            walk.advance()
+            report(Step("sensitivity", i + 1, len(bases), "layers"))
+        total = [0.0] * len(bases)
+        for j in range(n):
+            block = slice(j, j + 1)
+            dense = walk.logits(walk.inputs[block], block)[0, :-1].float()
+            for i in range(len(bases)):
+                at = i * n + j
+                total[i] += divergence(dense, walk.logits(states[at : at + 1], block)[0, :-1].float())
+    tokens = n * (blocks.tokens.shape[1] - 1)
+    return [kl / tokens for kl in total]
+
+
 def perplexity(model: PreTrainedModel, blocks: Blocks) -> float:
     """Perplexity of a model as it is."""
     total = sum(_nll(block_logits(model, tokens), tokens) for tokens in blocks.tokens)
     return _perplexity(total / (len(blocks) * (blocks.tokens.shape[1] - 1)))
-
-
-def layer_errors(
-    seam: Seam, bases: Sequence[LayerBases], blocks: Blocks, batch_size: int = 4
-) -> tuple[list[float], list[float]]:
-    """Output error and cosine of every layer on uncompressed inputs, with that layer alone compressed."""
-    errors: list[float] = []
-    cosines: list[float] = []
-    with compressed(seam, [None] * len(bases)):
-        walk = LayerWalk(seam.model, blocks.tokens, batch_size)
-        for i, layer in enumerate(bases):
-            walk.run(i)
-            found = LayerTask(i, walk, seam).compare(layer, list(range(len(blocks))))
-            errors.append(found.error)
-            cosines.append(found.cosine)
-            walk.advance()
-    return errors, cosines
 
 
 @torch.no_grad()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orthokv.architectures import architecture_of
 from orthokv.geometry import attention_modules
+from orthokv.streaming import weights_present
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -19,21 +21,21 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def _projections(model: PreTrainedModel) -> list[Tensor]:
+def _projections(model: PreTrainedModel) -> Iterator[Tensor]:
+    """Key and value projections of each layer in turn; those of a streamed model are there only until the next is asked for."""
+    for module in attention_modules(model):
+        with weights_present(model, module):
+            yield from _weights(model, module)
+
+
+def _weights(model: PreTrainedModel, module: nn.Module) -> list[Tensor]:
     architecture = architecture_of(model.config)
-    return [
-        cast(Tensor, module.get_submodule(name).weight)
-        for module in attention_modules(model)
-        for name in architecture.projections
-    ]
+    return [cast(Tensor, module.get_submodule(name).weight) for name in architecture.projections]
 
 
-def _digest(weights: list[Tensor], dtype: torch.dtype) -> str:
-    digest = hashlib.sha256()
-    for weight in weights:
-        raw = weight.detach().to(device="cpu", dtype=dtype).contiguous().view(torch.uint8)
-        digest.update(raw.numpy().tobytes())
-    return digest.hexdigest()
+def _bytes(weight: Tensor, dtype: torch.dtype) -> bytes:
+    raw = weight.detach().to(device="cpu", dtype=dtype).contiguous().view(torch.uint8)
+    return raw.numpy().tobytes()
 
 
 def weight_fingerprints(model: PreTrainedModel) -> dict[str, str]:
@@ -42,15 +44,21 @@ def weight_fingerprints(model: PreTrainedModel) -> dict[str, str]:
     Only these weights decide what the bases must fit; hashing the rest of the model would refuse harmless changes, such as a
     resized vocabulary.
     """
-    weights = _projections(model)
-    return {name: _digest(weights, dtype) for name, dtype in DTYPES.items()}
+    return _fingerprints(model, DTYPES)
+
+
+def _fingerprints(model: PreTrainedModel, dtypes: dict[str, torch.dtype]) -> dict[str, str]:
+    digests = {name: hashlib.sha256() for name in dtypes}
+    for weight in _projections(model):
+        for name, dtype in dtypes.items():
+            digests[name].update(_bytes(weight, dtype))
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def matches(model: PreTrainedModel, fingerprints: dict[str, str]) -> bool | None:
     """Whether the loaded model has these weights; None where it cannot be told (weights quantised to other dtypes)."""
-    weights = _projections(model)
-    dtypes = {weight.dtype for weight in weights}
+    stored = {w.dtype for module in attention_modules(model) for w in _weights(model, module)}
     for name, dtype in DTYPES.items():
-        if dtypes == {dtype}:
-            return _digest(weights, dtype) == fingerprints[name]
+        if stored == {dtype}:
+            return _fingerprints(model, {name: dtype})[name] == fingerprints[name]
     return None

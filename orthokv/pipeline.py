@@ -6,6 +6,7 @@ layers one by one, the profile, a checkpoint, its evaluation.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,13 @@ from orthokv.checkpoint import Checkpoint, Form, record_measurements, write_chec
 from orthokv.codecs import DEFAULT_CODEC, store_dtype
 from orthokv.dataset import Blocks, TextMixture, TextSource, evenly, load_blocks, self_text
 from orthokv.errors import InvalidDataset, InvalidSetting
-from orthokv.evaluate import block_logits, cache_size, divergence, layer_errors, quality, tokens_per_second
+from orthokv.evaluate import (
+    cache_size,
+    quality,
+    quality_by_layer,
+    separate_divergences,
+    tokens_per_second,
+)
 from orthokv.fingerprint import weight_fingerprints
 from orthokv.geometry import AttentionGeometry, check_key_mode
 from orthokv.methods import make_method
@@ -33,6 +40,9 @@ from orthokv.progress import Reporter, Step, counter, silent
 from orthokv.refine import CHECK_BLOCKS, Refinement, refine
 from orthokv.runtime.attach import attach, detach
 from orthokv.source import ModelSource, load_config, load_model, load_tokenizer, resolve_device
+from orthokv.streaming import Streaming, stream_model, streamed_weights, streaming_reason
+
+log = logging.getLogger("orthokv")
 
 # One block in eight is held out of the fit: for perplexity budgets, sensitivities and the checkpoint's own figures.
 HOLDOUT_SHARE = 8
@@ -104,12 +114,25 @@ class FitSettings:
 # ----------------------------------------------------------------------------------------------- the steps
 
 
-def load(source: ModelSource, device: str = "auto", dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model for calibration and evaluation: float32 on a CPU, whose 16-bit arithmetic is slow and coarse."""
+def load(
+    source: ModelSource,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    streaming: Streaming = "auto",
+) -> PreTrainedModel:
+    """The model for calibration and evaluation: float32 on a CPU, whose 16-bit arithmetic is slow and coarse.
+
+    Where it does not fit (``streaming="auto"``) or is asked for (``"on"``), its decoder layers stay on disk until they are
+    called, which is said in one line to the logger. Results are the same.
+    """
     target = resolve_device(device)
     if dtype is None and target.type == "cpu":
         dtype = torch.float32
-    return load_model(source, dtype=dtype, device=str(target))
+    reason = streaming_reason(source, target, dtype, streaming)
+    if reason is None:
+        return load_model(source, dtype=dtype, device=str(target))
+    log.warning(reason)
+    return stream_model(source, dtype=dtype, device=str(target))
 
 
 def read_geometry(source: ModelSource) -> AttentionGeometry:
@@ -139,8 +162,13 @@ def prepare_blocks(
             torch.cat([part.tokens for part in parts]), " + ".join(part.source for part in parts)
         )
     if text.resolved_format() == "self":
+        model = model if model is not None else load(source)
+        if streamed_weights(model) is not None:
+            raise InvalidSetting(
+                f"{source.id} is streamed from disk and would be read once a token to write its own text: name a data set"
+            )
         return self_text(
-            model if model is not None else load(source),
+            model,
             num_samples=settings.num_samples,
             sequence_length=settings.sequence_length,
             seed=settings.seed,
@@ -227,14 +255,31 @@ def build_profile(
     )
     fitting, held_out = blocks.split(settings.holdout)
     profile = profile.with_sensitivities(sensitivities(model, profile, held_out, report))
-    refinement = settings.refinement
+    refinement = possible_refinement(model, settings)
     if refinement is None:
+        if settings.refinement is not None:
+            log.warning("no refinement: it needs the whole model, and %s is streamed from disk", source.id)
         return profile
     checks = [held_out, *_second_domain(model, settings)]
     refined, _ = refine(model, profile, fitting, checks, refinement, settings.seed, report)
     measured = measure_errors(model, refined, fitting, settings, report)
     measured = replace(measured, method={**profile.method, "refine_steps": refinement.steps})
     return measured.with_sensitivities(sensitivities(model, measured, held_out, report))
+
+
+def possible_refinement(model: PreTrainedModel, settings: FitSettings) -> Refinement | None:
+    """The last stage that ``settings`` ask for; None also where it is only a method's default and the model is streamed.
+
+    Raises:
+        InvalidSetting: ``refine_steps`` asks for it and the model is streamed from disk.
+    """
+    if streamed_weights(model) is None:
+        return settings.refinement
+    if settings.refine_steps:
+        raise InvalidSetting(
+            f"refine_steps {settings.refine_steps} needs the whole model, which is streamed from disk"
+        )
+    return None
 
 
 def _second_domain(model: PreTrainedModel, settings: FitSettings) -> list[Blocks]:
@@ -266,7 +311,6 @@ def measure_errors(
     return replace(profile, layers=tuple(layers))
 
 
-@torch.no_grad()
 def sensitivities(
     model: PreTrainedModel, profile: ErrorProfile, blocks: Blocks, report: Reporter = silent
 ) -> list[float]:
@@ -275,21 +319,17 @@ def sensitivities(
     The error in the denominator is the profile's own at the same ranks, so that ``sensitivity * error^2`` reproduces the
     measured divergence there.
     """
-    tokens = blocks.tokens[evenly(len(blocks), SENSITIVITY_BLOCKS)]
-    total = [0.0] * len(profile.layers)
     points = [_sensitivity_point(layer) for layer in profile.layers]
+    bases = [
+        _on(model, layer.bases(layer.ranks_key[a], layer.ranks_value[b]))
+        for layer, (a, b) in zip(profile.layers, points, strict=True)
+    ]
+    some = blocks.take(evenly(len(blocks), SENSITIVITY_BLOCKS))
     with Seam(model, profile.key_mode) as seam:
-        for n, block in enumerate(tokens):
-            dense = block_logits(model, block)
-            for i, (layer, (a, b)) in enumerate(zip(profile.layers, points, strict=True)):
-                bases = _on(model, layer.bases(layer.ranks_key[a], layer.ranks_value[b]))
-                seam.set_bases(i, bases)
-                total[i] += divergence(dense, block_logits(model, block)) / (len(block) - 1)
-                seam.set_bases(i, None)
-                report(Step("sensitivity", n * len(points) + i + 1, len(tokens) * len(points), "layers"))
+        found = separate_divergences(seam, bases, some, report)
     return [
-        max(kl, 0.0) / len(tokens) / max(float(layer.error[a, b]) ** 2, 1e-12)
-        for kl, layer, (a, b) in zip(total, profile.layers, points, strict=True)
+        max(kl, 0.0) / max(float(layer.error[a, b]) ** 2, 1e-12)
+        for kl, layer, (a, b) in zip(found, profile.layers, points, strict=True)
     ]
 
 
@@ -364,16 +404,16 @@ def evaluate_checkpoint(
     Returns:
         ``perplexity``, ``perplexity_dense``, ``kl`` (nats a token), ``kept``, ``cache_bytes_per_token``,
         ``cache_bytes_per_token_dense``, ``tokens``, ``layer_error`` and ``layer_cosine`` by layer, ``dataset``; with ``speed``
-        also ``tokens_per_second``, ``tokens_per_second_dense`` and ``device``.
+        also ``tokens_per_second``, ``tokens_per_second_dense`` and ``device``, but not of a model that is streamed from disk:
+        it would be the disk's speed.
     """
     attach(model, checkpoint)
     try:
         seam = seam_of(model)
         assert seam is not None
         bases = [state for i in range(len(seam.modules)) if (state := seam.state(i).bases) is not None]
-        found = quality(seam, bases, blocks, report)
+        found, layers = quality_by_layer(seam, bases, blocks, report)
         size = cache_size(seam, bases, blocks.tokens[0])
-        errors, cosines = layer_errors(seam, bases, Blocks.of(blocks.tokens[:4], blocks.source))
         measured: dict[str, Any] = {
             "perplexity": found.perplexity,
             "perplexity_dense": found.perplexity_dense,
@@ -382,8 +422,8 @@ def evaluate_checkpoint(
             "cache_bytes_per_token": size.bytes_per_token,
             "cache_bytes_per_token_dense": size.bytes_per_token_dense,
             "tokens": found.tokens,
-            "layer_error": errors,
-            "layer_cosine": cosines,
+            "layer_error": [layer.error for layer in layers],
+            "layer_cosine": [layer.cosine for layer in layers],
             "dtype": str(model.dtype).removeprefix("torch."),
             "dataset": {
                 "source": blocks.source,
@@ -392,7 +432,7 @@ def evaluate_checkpoint(
                 "sequence_length": int(blocks.tokens.shape[1]),
             },
         }
-        if speed:
+        if speed and streamed_weights(model) is None:
             prompt = blocks.tokens[0][: max(2, blocks.tokens.shape[1] // 2)]
             measured["tokens_per_second"], measured["tokens_per_second_dense"] = tokens_per_second(
                 seam, bases, prompt
@@ -434,9 +474,13 @@ def compress(
     *,
     form: Form = "adapter",
     device: str = "auto",
+    streaming: Streaming = "auto",
     report: Reporter = silent,
 ) -> Compressed:
     """Fit, plan, write a checkpoint to ``out`` and measure it on the held-out blocks.
+
+    A model larger than the memory is streamed from disk (see :func:`load`); long blocks of large models can be kept there
+    too, with :func:`orthokv.capture.spilled_to` around the call.
 
     Raises:
         OrthoKVError: any of its kinds; nothing is left at ``out``.
@@ -446,7 +490,8 @@ def compress(
     # What can be refused is refused before any weight is read.
     check_key_mode(geometry, settings.key_mode)
     check_reachable(geometry, settings.sharing, settings.key_mode, budget)
-    model = load(source, device)
+    model = load(source, device, streaming=streaming)
+    possible_refinement(model, settings)
     blocks = prepare_blocks(source, text, settings, model, report)
     layers = list(fit_layers(model, blocks, settings, report=report))
     profile = build_profile(model, source, blocks, layers, settings, report)

@@ -141,7 +141,7 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
             raise ModelNotFound(f"the hub cannot be reached for {model}, and no copy is cached") from error
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
             raise StorageError(f"the cache cannot be written for {model}: {error.strerror}") from error
-        raise ModelNotFound(f"model {model} cannot be downloaded: {_first_line(error)}") from error
+        raise ModelNotFound(f"model {model} cannot be downloaded: {first_line(error)}") from error
 
 
 def _local_names(model: str, folder: Path) -> frozenset[str]:
@@ -199,7 +199,7 @@ def _read_json(model: str, folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise InvalidModel(f"{name} of model {model} is not valid JSON: {_first_line(error)}") from error
+        raise InvalidModel(f"{name} of model {model} is not valid JSON: {first_line(error)}") from error
     if not isinstance(value, dict):
         raise InvalidModel(f"{name} of model {model} holds a {type(value).__name__}, not an object")
     return value
@@ -229,10 +229,13 @@ def _verify(model: str, folder: Path, files: Iterable[str]) -> str:
             content = hashlib.sha256(json.dumps(_base_config(model, folder), sort_keys=True).encode())
         elif name.endswith(".safetensors"):
             try:
-                with safe_open(folder / name, framework="pt"), open(folder / name, "rb") as file:
+                with (
+                    safe_open(folder / name, framework="pt", backend="pread"),
+                    open(folder / name, "rb") as file,
+                ):
                     content = hashlib.file_digest(file, "sha256")  # in chunks; opening checked all sizes
             except SafetensorError as error:
-                reason = _first_line(error).removeprefix("Error while deserializing header: ")
+                reason = first_line(error).removeprefix("Error while deserializing header: ")
                 raise InvalidModel(f"{name} of model {model} is truncated or damaged: {reason}") from error
         else:
             continue
@@ -263,10 +266,10 @@ def load_model(
         InvalidSetting: no such device or attention.
     """
     target = resolve_device(device)
-    with _only_checked(source) as folder, _quiet_transformers():
+    with _only_checked(source) as folder, quiet_transformers():
         config = _load_config(source, folder)
         safety = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-        # Other shapes are reported in ``info`` only where they are ignored; _check_weights refuses them.
+        # Other shapes are reported in ``info`` only where they are ignored; check_weights refuses them.
         wanted: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
         wanted |= {"attn_implementation": attn_implementation, "ignore_mismatched_sizes": True}
         load: Any = AutoModelForCausalLM.from_pretrained
@@ -277,13 +280,12 @@ def load_model(
         except ImportError as error:
             raise InvalidSetting(f"attention {attn_implementation!r} is not installed") from error
         except Exception as error:
-            raise InvalidModel(f"model {source.id} cannot be loaded: {_first_line(error)}") from error
-    _check_weights(source, info)
+            raise InvalidModel(f"model {source.id} cannot be loaded: {first_line(error)}") from error
+    check_weights(source, info)
     model = cast(PreTrainedModel, model.to(target).eval().requires_grad_(False))
     model.config._name_or_path = model.name_or_path = source.id
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InvalidModel(f"{name} of model {source.id} is not finite in {tensor.dtype}")
+        check_finite(source, name, tensor)
     return model
 
 
@@ -293,7 +295,7 @@ def load_config(source: ModelSource) -> Any:
     Raises:
         UnsupportedModel, InvalidModel: as :func:`load_model` would.
     """
-    with _only_checked(source) as folder, _quiet_transformers():
+    with _only_checked(source) as folder, quiet_transformers():
         return _load_config(source, folder)
 
 
@@ -304,13 +306,20 @@ def _load_config(source: ModelSource, folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise InvalidModel(f"{CONFIG} of model {source.id} is not valid: {_first_line(error)}") from error
+        raise InvalidModel(f"{CONFIG} of model {source.id} is not valid: {first_line(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModel(f"model type {model_type!r} of {source.id} is not a causal language model")
     return config
 
 
-def _check_weights(source: ModelSource, info: dict[str, Any]) -> None:
+def check_finite(source: ModelSource, name: str, tensor: torch.Tensor) -> None:
+    """Refuse a weight that is not finite; raises :class:`InvalidModel` naming it."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise InvalidModel(f"{name} of model {source.id} is not finite in {tensor.dtype}")
+
+
+def check_weights(source: ModelSource, info: dict[str, Any]) -> None:
+    """Refuse weights that do not fit the model, by what ``transformers`` reports of a load; raises :class:`InvalidModel`."""
     faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     faults += [f"{name} has no place in the model" for name in sorted(info["unexpected_keys"])]
     for name, stored, expected in sorted(info["mismatched_keys"]):
@@ -329,11 +338,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """
     if not set(VOCABULARIES) & set(source.files):
         raise InvalidModel(f"model {source.id} has no tokenizer: none of {', '.join(VOCABULARIES)} is there")
-    with _only_checked(source) as folder, _quiet_transformers():
+    with _only_checked(source) as folder, quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the Rust tokenizers raise bare Exception
-            raise InvalidModel(f"tokenizer of {source.id} cannot be loaded: {_first_line(error)}") from error
+            raise InvalidModel(f"tokenizer of {source.id} cannot be loaded: {first_line(error)}") from error
     tokenizer.name_or_path = source.id
     return tokenizer
 
@@ -352,7 +361,7 @@ def _only_checked(source: ModelSource) -> Iterator[Path]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No bars and no warnings: what matters of them is checked here and raised."""
     quiet: Any = logging  # its switches carry no annotations
     verbosity, bars = quiet.get_verbosity(), quiet.is_progress_bar_enabled()
@@ -381,5 +390,5 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(here[0] if name == "auto" else name)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -145,6 +145,7 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
             steps=method["steps"],
             refine_steps=method.get("refine_steps"),
             device=settings.device,
+            spill=settings.spill_activations,
         ),
         budget=order.budget,
         form=order.form,

@@ -40,6 +40,7 @@ class RunSettings(_Message):
     steps: int | None
     refine_steps: int | None
     device: str
+    spill: bool
 
 
 class Budget(_Message):

@@ -18,6 +18,7 @@ import torch
 
 from orthokv.allocate import check_reachable
 from orthokv.budget import Budget
+from orthokv.capture import spilled_to
 from orthokv.checkpoint import (
     CONFIG,
     is_storage_failure,
@@ -113,6 +114,7 @@ class Job:
         self.inputs = {name: Path(path) for name, path in request["inputs"].items()}
         settings = dict(request["settings"])
         self.device = str(settings.pop("device", "auto"))
+        self.spill = self.workdir if settings.pop("spill", False) else None
         if settings["parameterisation"] == "predictor":
             settings["epochs"] = settings.pop("steps")  # what a step is, to a predictor
         else:
@@ -254,7 +256,10 @@ STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
 def run(request: dict[str, Any], wire: Wire) -> int:
     """One step; returns the exit code."""
     try:
-        wire.result(STEPS[request["step"]](Job(request, wire)))
+        job = Job(request, wire)
+        with spilled_to(job.spill):
+            result = STEPS[request["step"]](job)
+        wire.result(result)
         return 0
     except BudgetUnreachable as error:
         wire.error(error.code, str(error), best=error.best)
