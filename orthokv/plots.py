@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orthokv.allocate import Plan, interpolate
+from orthokv.allocate import Plan
 from orthokv.errors import InvalidSetting
 from orthokv.profile import ErrorProfile, LayerProfile
+from orthokv.rankgrid import interpolate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

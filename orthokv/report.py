@@ -17,9 +17,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from orthokv.allocate import Plan, interpolate
+from orthokv.allocate import Plan
 from orthokv.plots import KEY_MODES_IN_WORDS, number, percent, plot_comparison, plot_plan, plot_profile
 from orthokv.profile import ErrorProfile, LayerProfile
+from orthokv.rankgrid import interpolate
 
 __all__ = [
     "ComparisonRow",
