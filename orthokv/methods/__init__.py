@@ -6,17 +6,29 @@ from orthokv.errors import InvalidSetting
 from orthokv.methods.base import FittedBases, Method
 from orthokv.methods.eigen import Eigen
 from orthokv.methods.oblique import Oblique
+from orthokv.methods.palu import Palu
 from orthokv.methods.stiefel import Stiefel
 from orthokv.methods.weighted import Weighted
 
-METHODS: dict[str, type[Eigen] | type[Stiefel] | type[Weighted] | type[Oblique]] = {
+METHODS: dict[str, type[Eigen] | type[Palu] | type[Stiefel] | type[Weighted] | type[Oblique]] = {
     "eigen": Eigen,
     "stiefel": Stiefel,
     "weighted": Weighted,
     "oblique": Oblique,
+    "palu": Palu,
 }
 
-__all__ = ["METHODS", "Eigen", "FittedBases", "Method", "Oblique", "Stiefel", "Weighted", "make_method"]
+__all__ = [
+    "METHODS",
+    "Eigen",
+    "FittedBases",
+    "Method",
+    "Oblique",
+    "Palu",
+    "Stiefel",
+    "Weighted",
+    "make_method",
+]
 
 
 def make_method(name: str, **settings: object) -> Method:
