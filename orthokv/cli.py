@@ -132,7 +132,7 @@ def compress(
             }
         )
         return
-    from orthokv.report import plan_table
+    from orthokv.tables import plan_table
 
     out_console.print(plan_table(made.plan, made.profile))
     _print_quality(made.measured)
@@ -206,8 +206,8 @@ def compare(
     from orthokv.dataset import TextSource, load_blocks
     from orthokv.errors import InvalidSetting
     from orthokv.pipeline import FitSettings, load, prepare_blocks
-    from orthokv.report import comparison_table
     from orthokv.source import load_tokenizer, resolve_model
+    from orthokv.tables import comparison_table
 
     _check_plot(plot)
     choices = [MethodChoice.parse(text) for text in methods.split(",")]
@@ -272,7 +272,7 @@ def plan(
     from orthokv.allocate import allocate
     from orthokv.checkpoint import write_checkpoint
     from orthokv.profile import ErrorProfile
-    from orthokv.report import plan_table
+    from orthokv.tables import plan_table
 
     budget = Budget.from_options(kept=kept, layer_error=layer_error)
     _refuse_taken(out)
@@ -331,7 +331,7 @@ def inspect(
     from orthokv.checkpoint import CONFIG, read_checkpoint
     from orthokv.digests import verify_files
     from orthokv.profile import ErrorProfile
-    from orthokv.report import profile_table
+    from orthokv.tables import profile_table
 
     _check_plot(plot)
     described: dict[str, Any] = {}

@@ -20,7 +20,7 @@ from orthokv.evaluate import cache_size, layer_errors, quality
 from orthokv.methods import METHODS
 from orthokv.pipeline import FitSettings, build_profile, fit_layers, planned_bases
 from orthokv.progress import Reporter, Step, silent
-from orthokv.report import ComparisonRow
+from orthokv.results import ComparisonRow
 from orthokv.source import ModelSource
 
 
