@@ -35,7 +35,7 @@ def make_method(name: str, **settings: object) -> Method:
     """A method by name, with those of ``settings`` that are not None.
 
     Raises:
-        InvalidSetting: unknown method, or a setting that it does not have.
+        InvalidSetting: unknown method, or a setting that it does not have, or that cannot be.
     """
     method = METHODS.get(name)
     if method is None:
@@ -44,4 +44,7 @@ def make_method(name: str, **settings: object) -> Method:
     unknown = given.keys() - method.__dataclass_fields__.keys()
     if unknown:
         raise InvalidSetting(f"method {name!r} has no setting {', '.join(sorted(unknown))}")
-    return method(**given)  # type: ignore[arg-type]
+    try:
+        return method(**given)  # type: ignore[arg-type]
+    except TypeError as error:  # a word where a number belongs
+        raise InvalidSetting(f"method {name!r}: {error}") from error
