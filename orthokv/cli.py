@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -20,6 +20,10 @@ from typer._click.exceptions import ClickException, NoArgsIsHelpError
 from orthokv.budget import Budget
 from orthokv.errors import BudgetUnreachable, OrthoKVError
 from orthokv.progress import BarReporter, PlainReporter, Reporter
+
+if TYPE_CHECKING:
+    from orthokv.allocate import Allocation
+    from orthokv.rankgrid import RankGrid
 
 app = typer.Typer(
     name="orthokv",
@@ -45,6 +49,12 @@ LayerError = Annotated[
 ]
 Increase = Annotated[
     float | None, typer.Option(help="Largest relative increase of perplexity, checked on held-out text.")
+]
+RankMultiple = Annotated[
+    int, typer.Option(help="Every rank is a multiple of this, e.g. 16 for tensor cores.")
+]
+RankChoices = Annotated[
+    str | None, typer.Option(help="Every rank is one of these, separated by commas, e.g. 32,64,128.")
 ]
 Samples = Annotated[int, typer.Option(help="Number of token blocks.")]
 Length = Annotated[int, typer.Option(help="Tokens in a block.")]
@@ -72,12 +82,21 @@ def compress(
     kept: Kept = None,
     layer_error: LayerError = None,
     perplexity_increase: Increase = None,
-    method: Annotated[str, typer.Option(help="stiefel, eigen, weighted or oblique.")] = "stiefel",
+    method: Annotated[str, typer.Option(help="stiefel, eigen, weighted, oblique or palu.")] = "stiefel",
     sharing: Annotated[str, typer.Option(help="joint, tied or head: which heads share a basis.")] = "joint",
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     parameterisation: Annotated[str | None, typer.Option(help="stiefel only: direct or predictor.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the blocks of stiefel's predictor.")] = None,
+    propagate: Annotated[
+        float | None,
+        typer.Option(
+            help="Fit each layer on what the layers before it produce when cut to this share of their widths "
+            "(default: on uncompressed inputs)."
+        ),
+    ] = None,
+    rank_multiple: RankMultiple = 1,
+    rank_choices: RankChoices = None,
     num_samples: Samples = 64,
     sequence_length: Length = 1024,
     field: Field = "text",
@@ -105,6 +124,7 @@ def compress(
         parameterisation=parameterisation,
         steps=steps,
         epochs=epochs,
+        propagate=propagate,
         num_samples=num_samples,
         sequence_length=sequence_length,
         seed=seed,
@@ -118,6 +138,7 @@ def compress(
             budget,
             out,
             settings,
+            grid=_grid(rank_multiple, rank_choices),
             form=form,  # type: ignore[arg-type]
             device=device,
             report=report,
@@ -186,7 +207,7 @@ def compare(
     evaluation: Annotated[str, typer.Option("--eval", help="Text to evaluate on, other than --dataset.")],
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     allocation: Annotated[
-        str, typer.Option(help="knapsack or uniform ranks, the same for all methods.")
+        str, typer.Option(help="knapsack, greedy, uniform or pareto: the same rule for all methods.")
     ] = "knapsack",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the blocks of stiefel's predictor.")] = None,
@@ -212,8 +233,9 @@ def compare(
     _check_plot(plot)
     choices = [MethodChoice.parse(text) for text in methods.split(",")]
     shares = _shares(kept)
-    if allocation not in ALLOCATIONS[:2]:
-        raise InvalidSetting(f"allocation must be one of {', '.join(ALLOCATIONS[:2])}, not {allocation!r}")
+    rules = [rule for rule in ALLOCATIONS if rule != "threshold"]  # which only some methods have
+    if allocation not in rules:
+        raise InvalidSetting(f"allocation must be one of {', '.join(rules)}, not {allocation!r}")
     settings = FitSettings(
         key_mode=key_mode,  # type: ignore[arg-type]
         num_samples=num_samples,
@@ -240,7 +262,7 @@ def compare(
             shares,
             choices,
             settings,
-            allocation=allocation,
+            allocation=cast("Allocation", allocation),
             report=report,
         )
     if plot is not None:
@@ -262,8 +284,10 @@ def plan(
     kept: Kept = None,
     layer_error: LayerError = None,
     allocation: Annotated[
-        str, typer.Option(help="knapsack, uniform, or EigenAttention's threshold rule.")
+        str, typer.Option(help="knapsack, greedy, uniform, or the papers': pareto, threshold.")
     ] = "knapsack",
+    rank_multiple: RankMultiple = 1,
+    rank_choices: RankChoices = None,
     form: FormOption = "adapter",
     model: Annotated[str | None, typer.Option(help="The base model's files, for --form full.")] = None,
     revision: Revision = None,
@@ -277,7 +301,7 @@ def plan(
     budget = Budget.from_options(kept=kept, layer_error=layer_error)
     _refuse_taken(out)
     found = ErrorProfile.load(profile)
-    chosen = allocate(found, budget, allocation)  # type: ignore[arg-type]
+    chosen = allocate(found, budget, allocation, _grid(rank_multiple, rank_choices))  # type: ignore[arg-type]
     base = _base_of(found.model, model, revision) if form == "full" else None
     write_checkpoint(found, chosen, out, form=form, base=base)  # type: ignore[arg-type]
     out_console.print(plan_table(chosen, found))
@@ -385,6 +409,16 @@ def _check_plot(plot: Path | None) -> None:
 
     if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
         raise InvalidSetting(f"--plot {plot} is not a file in an existing folder")
+
+
+def _grid(multiple: int, choices: str | None) -> RankGrid:
+    from orthokv.errors import InvalidSetting
+    from orthokv.rankgrid import RankGrid
+
+    try:
+        return RankGrid(multiple, tuple(int(part) for part in choices.split(",")) if choices else ())
+    except ValueError as error:
+        raise InvalidSetting(f"--rank-choices {choices!r}: {error}") from error
 
 
 def _shares(text: str) -> list[float]:

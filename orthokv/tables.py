@@ -14,7 +14,7 @@ from rich.text import Text
 from orthokv.allocate import Plan
 from orthokv.profile import ErrorProfile, LayerProfile
 from orthokv.rankgrid import interpolate
-from orthokv.results import ComparisonRow
+from orthokv.results import ComparisonRow, Summary, summarise
 from orthokv.wording import KEY_MODES_IN_WORDS, markdown, number, percent
 
 
@@ -136,3 +136,65 @@ def comparison_markdown(rows: list[ComparisonRow]) -> str:
         names = [re.sub(r"[|\s]+", " ", name) for name in (row.method, row.sharing, row.key_mode)]
         lines.append([*names, *_comparison_cells(row)])
     return markdown(("method", "sharing", "keys", *_COMPARISON), lines, left=3) + "\n"
+
+
+# ------------------------------------------------------------------------------------- many seeds, one text
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[|\s]+", " ", text)
+
+
+def _ratio(found: Summary) -> str:
+    ratio = f"{found.row.ratio:.3f}" if math.isfinite(found.row.ratio) else "inf"
+    return ratio if found.spread is None else f"{ratio} ± {found.spread:.3f}"
+
+
+def ratios_markdown(rows: list[ComparisonRow]) -> str:
+    """Perplexity over that of the uncompressed model: one line a method, one column a budget; the lowest of each is bold.
+
+    Rows are of one text. With several seeds a cell is their mean and standard deviation.
+    """
+    found = summarise(rows)
+    budgets = sorted({s.row.kept_asked for s in found}, reverse=True)
+    best = {b: min(s.row.ratio for s in found if s.row.kept_asked == b) for b in budgets}
+    lines: dict[tuple[str, ...], dict[float, str]] = {}
+    for summary in found:
+        row = summary.row
+        names = (_plain(row.method), row.sharing, row.key_mode, row.allocation)
+        cell = _ratio(summary)
+        lines.setdefault(names, {})[row.kept_asked] = (
+            f"**{cell}**" if row.ratio == best[row.kept_asked] else cell
+        )
+    head = ("method", "sharing", "keys", "ranks", *(f"{100 * b:g} %" for b in budgets))
+    cells = ([*names, *(line.get(b, "") for b in budgets)] for names, line in lines.items())
+    return markdown(head, cells, left=4) + "\n"
+
+
+def details_markdown(rows: list[ComparisonRow]) -> str:
+    """All figures of rows of one text, means over seeds, one line a method and budget."""
+    head = (
+        "seeds",
+        "asked",
+        "kept",
+        "bytes/token",
+        "perplexity",
+        "x dense",
+        "KL, nats",
+        "layer error",
+        "cosine",
+        "seconds",
+    )
+    lines: list[list[str]] = []
+    for found in summarise(rows):
+        row = found.row
+        lines.append(
+            [
+                *(_plain(row.method), row.sharing, row.key_mode, row.allocation, str(found.seeds)),
+                *(percent(row.kept_asked), percent(row.kept), str(row.cache_bytes_per_token)),
+                *(number(row.perplexity), _ratio(found), number(row.kl, 3), number(row.layer_error, 3)),
+                "" if row.layer_cosine is None else f"{row.layer_cosine:.4f}",
+                "" if row.seconds is None else f"{row.seconds:.1f}",
+            ]
+        )
+    return markdown(("method", "sharing", "keys", "ranks", *head), lines, left=4) + "\n"
