@@ -11,7 +11,7 @@ measurement) it is the sum of squared errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -140,13 +140,13 @@ def allocate(
     if allocation not in ALLOCATIONS:
         raise InvalidSetting(f"allocation must be one of {', '.join(ALLOCATIONS)}, not {allocation!r}")
     if budget.metric == "layer_error":
-        return _plan(profile, budget, allocation, _for_error(profile, budget, allocation, grid), grid)
+        return plan_ranks(profile, budget, allocation, _for_error(profile, budget, allocation, grid), grid)
     fixed = position_bytes(profile.geometry, profile.key_mode)
     budget_bytes = int(budget.value * profile.geometry.dense_bytes_per_token + 1e-9) - fixed
     if allocation == "uniform":
-        return _plan(profile, budget, allocation, _uniform(profile, budget, budget_bytes, grid), grid)
+        return plan_ranks(profile, budget, allocation, _uniform(profile, budget, budget_bytes, grid), grid)
     if allocation == "threshold":
-        return _plan(profile, budget, allocation, _threshold_within(profile, budget, grid), grid)
+        return plan_ranks(profile, budget, allocation, _threshold_within(profile, budget, grid), grid)
     if allocation == "pareto":
         weights, power = depth_weights(len(profile.layers)), 1
     else:
@@ -159,7 +159,9 @@ def allocate(
     if picks is None:
         smallest = sum(int(o.bytes.min()) for o in fronts) + fixed
         raise _below_smallest(budget, smallest / profile.geometry.dense_bytes_per_token)
-    return _plan(profile, budget, allocation, [o.pair(i) for o, i in zip(fronts, picks, strict=True)], grid)
+    return plan_ranks(
+        profile, budget, allocation, [o.pair(i) for o, i in zip(fronts, picks, strict=True)], grid
+    )
 
 
 def _for_error(
@@ -175,7 +177,7 @@ def _for_error(
         _smallest(_options(layer, grid, 1.0), budget.value / weight, layer.index)
         for layer, weight in zip(profile.layers, weights, strict=True)
     ]
-    if _plan(profile, budget, allocation, ranks, grid).kept > 1:
+    if plan_ranks(profile, budget, allocation, ranks, grid).kept > 1:
         best = max(allocate(profile, Budget("kept", 1.0), grid=grid).expected_error)
         raise BudgetUnreachable(
             f"layer_error {budget.value:g} would need more bytes than the uncompressed cache has; "
@@ -313,13 +315,15 @@ def _threshold_within(profile: ErrorProfile, budget: Budget, grid: RankGrid) -> 
     """The threshold rule at the smallest error budget whose ranks keep no more than asked."""
 
     def kept(error_budget: float) -> float:
-        return _plan(profile, budget, "threshold", threshold_ranks(profile, error_budget, grid), grid).kept
+        return plan_ranks(
+            profile, budget, "threshold", threshold_ranks(profile, error_budget, grid), grid
+        ).kept
 
     low, high = 0.0, 1 + max(float(layer.error.max()) for layer in profile.layers)
     if (best := kept(high)) > budget.value:
         raise BudgetUnreachable(
-            f"kept {budget.value:g} cannot be met: allocation 'threshold' stops at ranks of "
-            f"{SMALLEST_EIGEN_SHARE:.0%} of the width, which keep {best:.4f} of the cache",
+            f"kept {budget.value:g} cannot be met: allocation 'threshold' stops where keys or values reach "
+            f"{SMALLEST_EIGEN_SHARE:.0%} of their width, which keeps {best:.4f} of the cache",
             asked=budget.value,
             best=best,
         )
@@ -329,13 +333,14 @@ def _threshold_within(profile: ErrorProfile, budget: Budget, grid: RankGrid) -> 
     return threshold_ranks(profile, high, grid)
 
 
-def _plan(
+def plan_ranks(
     profile: ErrorProfile,
     budget: Budget,
     allocation: Allocation,
-    ranks: list[tuple[int, int]],
-    grid: RankGrid,
+    ranks: Sequence[tuple[int, int]],
+    grid: RankGrid = FREE,
 ) -> Plan:
+    """The plan of given ranks, ``(rank_key, rank_value)`` a layer: what they cost and what error the profile expects."""
     errors: list[float] = []
     latents = 0
     for layer, (rank_key, rank_value) in zip(profile.layers, ranks, strict=True):
@@ -389,4 +394,4 @@ def allocate_for_perplexity(
             best, reached, high = plan, found, middle
         else:
             low = middle
-    return _plan(profile, budget, "knapsack", list(best.ranks), grid), reached
+    return plan_ranks(profile, budget, "knapsack", best.ranks, grid), reached

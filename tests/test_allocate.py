@@ -492,7 +492,7 @@ def test_threshold_rule_needs_singular_values() -> None:
 def test_threshold_rule_spends_a_share_of_bytes_as_far_as_its_45_percent_allow(kept: float) -> None:
     profile = measured_everywhere(lambda k, v: (16 - k - v) / 10, SPECTRA)
     if kept < 0.6:  # the smallest ranks above 45 %, (4, 5) of 8, and positions
-        with pytest.raises(BudgetUnreachable, match="stops at ranks of 45%") as caught:
+        with pytest.raises(BudgetUnreachable, match="stops where keys or values reach 45%") as caught:
             allocate(profile, Budget("kept", kept), "threshold")
         assert caught.value.best == pytest.approx(9 / 16, abs=0.02)
         return
