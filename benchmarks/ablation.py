@@ -1,8 +1,8 @@
 """What each ingredient is worth, one at a time: ``python -m benchmarks.ablation --help``.
 
 Every variant changes one thing of the default: ``stiefel:joint``, directly optimised from the singular vectors, on
-uncompressed inputs, 64 blocks of 1024 tokens of books. Variants that come to the same fit are fitted once. The file is written after each row
-and a broken run goes on where it stopped.
+uncompressed inputs, 64 blocks of 1024 tokens of books. Variants that come to the same fit are fitted once. The file is
+written after each row and a broken run goes on where it stopped.
 """
 
 from __future__ import annotations
