@@ -119,6 +119,7 @@ def submit(
         str | None, typer.Option("--format", help="jsonl, text or parquet; by default from the file's name.")
     ] = None,
     form: Form = Form.adapter,
+    rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
     seed: int = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
@@ -141,6 +142,7 @@ def submit(
             "steps": steps,
         },
         "form": form,
+        "rank_multiple": rank_multiple,
         "seed": seed,
     }
     with _connected(url) as client:

@@ -99,10 +99,11 @@ def test_a_dataset_file_is_uploaded(server: Server, script: Script, tmp_path: Pa
     done = orthokv(
         server,
         *("submit", "--model", "org/model", "--dataset", str(text), "--field", "body"),
-        *("--layer-error", "0.1", "--form", "full", "--wait"),
+        *("--layer-error", "0.1", "--form", "full", "--rank-multiple", "16", "--wait"),
     )
     assert done.exit_code == 0, done.output
     request = script.runs("calibrate")[0]["request"]
+    assert request["rank_multiple"] == 16
     assert (request["dataset"]["format"], request["dataset"]["field"]) == ("jsonl", "body")
     assert (request["budget"], request["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
 
