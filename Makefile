@@ -4,13 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check format openapi table clean
+.PHONY: help install demo test check bench-quality bench-ablation format openapi table clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     run the main job end to end on the small model in demo/ (embedded: SQLite, no broker)"
 	@echo "make test     run all tests, on SQLite and on Postgres"
 	@echo "make check    lint, types, import rules, OpenAPI, support table and migrations"
+	@echo "make bench-quality   every method on books-llama-31m: JSON, tables, plot (needs ../shared; hours on a CPU)"
+	@echo "make bench-ablation  what each ingredient of the fit is worth, on the same model"
 	@echo "make format   rewrite sources as the linter wants them"
 	@echo "make openapi  write openapi.json from the code"
 	@echo "make table    write the support table in docs/architectures.md from the registry and the tests"
@@ -37,6 +39,15 @@ check: $(STAMP)
 	$(BIN)/python -m app.openapi --check
 	$(BIN)/python -m tests.support_table --check
 	$(BIN)/python -m app.migrate --check
+
+# More options: make bench-quality ARGS="--device cuda --methods eigen:tied,stiefel:joint"
+bench-quality: $(STAMP)
+	$(BIN)/python -m benchmarks.quality $(ARGS)
+	$(BIN)/python -m benchmarks.report
+
+bench-ablation: $(STAMP)
+	$(BIN)/python -m benchmarks.ablation $(ARGS)
+	$(BIN)/python -m benchmarks.report
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

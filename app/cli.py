@@ -124,6 +124,7 @@ def submit(
         str | None, typer.Option("--format", help="jsonl, text or parquet; by default from the file's name.")
     ] = None,
     form: Form = Form.adapter,
+    rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
     seed: int = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
@@ -148,6 +149,7 @@ def submit(
             "refine_steps": refine_steps,
         },
         "form": form,
+        "rank_multiple": rank_multiple,
         "seed": seed,
     }
     with _connected(url) as client:

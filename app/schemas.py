@@ -22,6 +22,14 @@ class Resource(BaseModel):
     model_config = ConfigDict(frozen=True, from_attributes=True)
 
 
+RankMultiple = Annotated[
+    int,
+    Field(
+        ge=1, le=1024, description="Every rank is a multiple of this, e.g. 16 for the matrix units of a GPU."
+    ),
+]
+
+
 class Budget(Body):
     """How much may be lost, or kept."""
 

@@ -30,8 +30,9 @@ from orthokv.dataset import TextSource, self_text
 from orthokv.pipeline import FitSettings, evaluate_checkpoint, load, prepare_blocks
 from orthokv.plots import plot_comparison, plot_plan, plot_profile
 from orthokv.profile import ErrorProfile
-from orthokv.report import ComparisonRow, comparison_table
+from orthokv.results import ComparisonRow
 from orthokv.source import load_tokenizer, resolve_model
+from orthokv.tables import comparison_table
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -1,7 +1,8 @@
 """Profile + budget -> ranks of every layer.
 
 Choosing one (rank_key, rank_value) per layer under a byte budget is a multiple-choice knapsack. It is small (about a
-thousand options a layer) and solved exactly by dynamic programming over bytes.
+thousand options a layer) and solved exactly by dynamic programming over bytes. Other rules stand beside it for comparison:
+``greedy``, ``uniform``, and those of the papers (``pareto`` of StiefAttention, ``threshold`` of EigenAttention).
 
 What is minimised is the sum over layers of ``sensitivity * error^2``: the KL divergence that a layer's error causes on the
 model's predictions, measured with only that layer compressed. Without sensitivities (a profile that skipped the
@@ -10,34 +11,35 @@ measurement) it is the sum of squared errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from orthokv.basis import KeyMode, Sharing, group_width
 from orthokv.budget import Budget
 from orthokv.errors import BudgetUnreachable, InvalidSetting
 from orthokv.geometry import AttentionGeometry, held_tokens
+from orthokv.knapsack import Ints, Options, greedy, knapsack, pareto
 from orthokv.profile import ErrorProfile, LayerProfile, candidate_ranks
+from orthokv.rankgrid import FREE, RankGrid, interpolate, squared_errors
 from orthokv.runtime.cache import POSITION_BYTES
 
-Allocation = Literal["knapsack", "uniform", "threshold"]
-ALLOCATIONS: tuple[Allocation, ...] = ("knapsack", "uniform", "threshold")
+Allocation = Literal["knapsack", "greedy", "uniform", "pareto", "threshold"]
+ALLOCATIONS: tuple[Allocation, ...] = ("knapsack", "greedy", "uniform", "pareto", "threshold")
 
 LATENT_BYTES = 2
-# Ranks are multiples of width / 32: fine enough to spend a budget, coarse enough to suit matrix units.
-RANK_STEPS = 32
 _SENSITIVITY_FLOOR = 0.01
 # Bisection over bytes for a perplexity budget stops at this share of the cache.
 _KEPT_TOLERANCE = 0.004
 # EigenAttention's rule: the energy threshold falls by this much a trial, and no rank below this share (released code).
 THRESHOLD_STEP, SMALLEST_EIGEN_SHARE = 0.02, 0.45
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+# StiefAttention's depth weights (v1, section 4.3). Where early ends and late begins is not stated: a quarter each is ours.
+EARLY_WEIGHT, LATE_WEIGHT, DEPTH_SHARE = 2.0, 1.75, 0.25
+# Uniform ranks are a multiple of width / 128 where nothing else is asked: all layers step together, so steps must be fine.
+_UNIFORM_STEPS = 128
+_BISECTIONS = 24
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Plan:
         bytes_per_token: latents (2 bytes each) and positions, of the whole model; what a live cache will hold.
         expected_error: error of each layer at its ranks, interpolated in the profile's measured surface.
         expected_kl: sum of ``sensitivity * error^2``; None without sensitivities.
+        grid: the ranks that were allowed.
     """
 
     key_mode: KeyMode
@@ -60,6 +63,7 @@ class Plan:
     expected_kl: float | None
     budget: Budget
     allocation: Allocation
+    grid: RankGrid = FREE
 
     @property
     def kept(self) -> float:
@@ -69,6 +73,8 @@ class Plan:
         return {
             "budget": {"metric": self.budget.metric, "value": self.budget.value},
             "allocation": self.allocation,
+            "rank_multiple": self.grid.multiple,
+            "rank_choices": list(self.grid.choices),
             "ranks": [{"key": k, "value": v} for k, v in self.ranks],
             "bytes_per_token": self.bytes_per_token,
             "dense_bytes_per_token": self.dense_bytes_per_token,
@@ -78,19 +84,6 @@ class Plan:
         }
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Candidate rank pairs of one layer, flattened: ranks, bytes a token, squared error, damage."""
-
-    ranks: Ints  # [n, 2]
-    bytes: Ints
-    error: Floats
-    damage: Floats
-
-    def take(self, index: Ints) -> _Options:
-        return _Options(self.ranks[index], self.bytes[index], self.error[index], self.damage[index])
-
-
 def position_bytes(geometry: AttentionGeometry, key_mode: KeyMode, tokens: int = 1) -> int:
     """Bytes that keys cached before RoPE need for the positions of ``tokens`` tokens (one copy for each window)."""
     if key_mode != "pre":
@@ -98,58 +91,13 @@ def position_bytes(geometry: AttentionGeometry, key_mode: KeyMode, tokens: int =
     return POSITION_BYTES * sum(held_tokens(window, tokens) for window in geometry.rotated_windows())
 
 
-def interpolate(layer: LayerProfile) -> tuple[Ints, Ints, Floats]:
-    """The error surface on the allocator's grid: ranks_key ``[a]``, ranks_value ``[b]``, squared errors ``[a, b]``.
-
-    Between measured ranks the logarithm of the squared error is linear in the rank, which fits measured curves well; in
-    the last stretch, towards an exact cache, the squared error itself is.
-    """
-    measured = np.asarray(layer.error, dtype=np.float64) ** 2
-    grids = [
-        np.asarray(
-            sorted(
-                {
-                    *ranks,
-                    *range(max(1, ranks[-1] // RANK_STEPS), ranks[-1] + 1, max(1, ranks[-1] // RANK_STEPS)),
-                }
-            )
-        )
-        for ranks in (layer.ranks_key, layer.ranks_value)
-    ]
-    # Ranks below the smallest measured one would be extrapolated: leave them out.
-    grid_key = grids[0][grids[0] >= layer.ranks_key[0]]
-    grid_value = grids[1][grids[1] >= layer.ranks_value[0]]
-    along_value = np.stack([_along(np.asarray(layer.ranks_value), row, grid_value) for row in measured])
-    return (
-        grid_key,
-        grid_value,
-        np.stack([_along(np.asarray(layer.ranks_key), c, grid_key) for c in along_value.T]).T,
-    )
-
-
-def _along(ranks: Ints, squared: Floats, grid: Ints) -> Floats:
-    tiny = 1e-16
-    found = np.exp(np.interp(grid, ranks, np.log(np.maximum(squared, tiny))))
-    if len(ranks) > 1:
-        last = grid >= ranks[-2]
-        found[last] = np.interp(grid[last], ranks, squared)
-    return found
-
-
-def _options(layer: LayerProfile, weight: float) -> _Options:
-    grid_key, grid_value, squared = interpolate(layer)
+def _options(layer: LayerProfile, grid: RankGrid, weight: float, power: int = 2) -> Options:
+    """Every pair of allowed ranks; its damage is ``weight * error^power``."""
+    grid_key, grid_value, squared = interpolate(layer, grid)
     ranks = np.stack(np.meshgrid(grid_key, grid_value, indexing="ij"), axis=-1).reshape(-1, 2)
     cost = LATENT_BYTES * (layer.key.groups * ranks[:, 0] + layer.value.groups * ranks[:, 1])
-    error = squared.reshape(-1)
-    return _Options(ranks, cost, np.sqrt(error), weight * error)
-
-
-def _pareto(options: _Options) -> _Options:
-    """Only options that no cheaper one beats, cheapest first."""
-    order = np.lexsort((options.damage, options.bytes))
-    best = np.minimum.accumulate(options.damage[order])
-    keep = np.concatenate([[True], best[1:] < best[:-1]])
-    return options.take(order[keep])
+    error = np.sqrt(squared.reshape(-1))
+    return Options(ranks, cost, error, weight * error**power)
 
 
 def _weights(profile: ErrorProfile) -> list[float]:
@@ -161,112 +109,127 @@ def _weights(profile: ErrorProfile) -> list[float]:
     return [max(sensitivity, floor) for sensitivity in found]
 
 
-def knapsack(options: list[_Options], budget_bytes: int) -> list[int] | None:
-    """One option a layer with the least total damage within ``budget_bytes`` a token; None where nothing fits."""
-    unit = int(np.gcd.reduce(np.concatenate([o.bytes for o in options])))
-    size = budget_bytes // unit
-    if size < sum(int(o.bytes.min()) // unit for o in options):
-        return None
-    total = np.zeros(size + 1)
-    chosen: list[Ints] = []
-    for layer in options:
-        best = np.full(size + 1, np.inf)
-        pick = np.full(size + 1, -1, dtype=np.int64)
-        for i, (cost, damage) in enumerate(zip(layer.bytes // unit, layer.damage, strict=True)):
-            if cost > size:
-                break
-            candidate = total[: size + 1 - cost] + damage
-            better = candidate < best[cost:]
-            best[cost:][better] = candidate[better]
-            pick[cost:][better] = i
-        total = best
-        chosen.append(pick)
-    left = int(np.argmin(total))
-    found: list[int] = []
-    for layer, pick in zip(reversed(options), reversed(chosen), strict=True):
-        found.append(int(pick[left]))
-        left -= int(layer.bytes[found[-1]]) // unit
-    return found[::-1]
+def depth_weights(layers: int) -> list[float]:
+    """How much StiefAttention's allocation counts the error of each layer: 2 early, 1.75 late, 1 between."""
+    edge = max(1, round(DEPTH_SHARE * layers))
+    return [EARLY_WEIGHT if i < edge else LATE_WEIGHT if i >= layers - edge else 1.0 for i in range(layers)]
 
 
-def allocate(profile: ErrorProfile, budget: Budget, allocation: Allocation = "knapsack") -> Plan:
+def allocate(
+    profile: ErrorProfile,
+    budget: Budget,
+    allocation: Allocation = "knapsack",
+    grid: RankGrid = FREE,
+) -> Plan:
     """Ranks for a ``kept`` or ``layer_error`` budget.
 
-    ``uniform`` gives all layers, keys and values the same share of their width. ``threshold`` is EigenAttention's own rule
-    for ``layer_error`` (see :func:`threshold_ranks`).
+    Args:
+        allocation: ``knapsack`` minimises the expected damage exactly; ``greedy`` takes the step of least damage per byte
+            until the budget is met; ``uniform`` gives all layers, keys and values the same share of their width.
+            ``pareto`` is StiefAttention's rule in the form that can be implemented from what is published: the fronts of
+            bytes against *depth-weighted error* (:func:`depth_weights`), walked down greedily to a ``kept`` budget, or for
+            ``layer_error`` the cheapest pair whose weighted error is within it. ``threshold`` is EigenAttention's
+            (:func:`threshold_ranks`); for ``kept`` its error budget is raised until its ranks fit.
+        grid: ranks that may be used; all rules respect it, and the knapsack is exact under it.
 
     Raises:
         BudgetUnreachable: no candidate is small (or good) enough.
-        InvalidSetting: the budget needs the model to be evaluated (``perplexity_increase``), or does not fit the rule.
+        InvalidSetting: the budget needs the model to be evaluated (``perplexity_increase``), does not fit the rule, or no
+            rank is left by the grid.
     """
     if budget.metric == "perplexity_increase":
         raise InvalidSetting("a perplexity budget needs the model: use allocate_for_perplexity")
     if allocation not in ALLOCATIONS:
         raise InvalidSetting(f"allocation must be one of {', '.join(ALLOCATIONS)}, not {allocation!r}")
-    if allocation == "threshold":
-        if budget.metric != "layer_error":
-            raise InvalidSetting("allocation 'threshold' is defined for a layer_error budget only")
-        return _plan(profile, budget, allocation, threshold_ranks(profile, budget.value))
-    if allocation == "uniform" and budget.metric != "kept":
-        raise InvalidSetting("allocation 'uniform' is defined for a kept budget only")
-    weights = _weights(profile)
-    every = [_options(layer, weight) for layer, weight in zip(profile.layers, weights, strict=True)]
     if budget.metric == "layer_error":
-        ranks = [_smallest(o, budget.value, i) for i, o in enumerate(every)]
-        plan = _plan(profile, budget, allocation, ranks)
-        if plan.kept > 1:
-            best = max(allocate(profile, Budget("kept", 1.0)).expected_error)
-            raise BudgetUnreachable(
-                f"layer_error {budget.value:g} would need more bytes than the uncompressed cache has; "
-                f"within them it reaches {best:.3g}",
-                asked=budget.value,
-                best=best,
-            )
-        return plan
+        return plan_ranks(profile, budget, allocation, _for_error(profile, budget, allocation, grid), grid)
     fixed = position_bytes(profile.geometry, profile.key_mode)
-    dense = profile.geometry.dense_bytes_per_token
-    budget_bytes = int(budget.value * dense + 1e-9) - fixed
+    budget_bytes = int(budget.value * profile.geometry.dense_bytes_per_token + 1e-9) - fixed
     if allocation == "uniform":
-        return _plan(profile, budget, allocation, _uniform(profile, budget, budget_bytes))
-    pruned = [_pareto(o) for o in every]
-    picks = knapsack(pruned, budget_bytes)
+        return plan_ranks(profile, budget, allocation, _uniform(profile, budget, budget_bytes, grid), grid)
+    if allocation == "threshold":
+        return plan_ranks(profile, budget, allocation, _threshold_within(profile, budget, grid), grid)
+    if allocation == "pareto":
+        weights, power = depth_weights(len(profile.layers)), 1
+    else:
+        weights, power = _weights(profile), 2
+    fronts = [
+        pareto(_options(layer, grid, weight, power))
+        for layer, weight in zip(profile.layers, weights, strict=True)
+    ]
+    picks = (knapsack if allocation == "knapsack" else greedy)(fronts, budget_bytes)
     if picks is None:
-        raise _below_smallest(budget, (sum(int(o.bytes.min()) for o in every) + fixed) / dense)
-    ranks = [(int(o.ranks[i, 0]), int(o.ranks[i, 1])) for o, i in zip(pruned, picks, strict=True)]
-    return _plan(profile, budget, allocation, ranks)
+        smallest = sum(int(o.bytes.min()) for o in fronts) + fixed
+        raise _below_smallest(budget, smallest / profile.geometry.dense_bytes_per_token)
+    return plan_ranks(
+        profile, budget, allocation, [o.pair(i) for o, i in zip(fronts, picks, strict=True)], grid
+    )
 
 
-def _smallest(options: _Options, bound: float, layer: int) -> tuple[int, int]:
+def _for_error(
+    profile: ErrorProfile, budget: Budget, allocation: Allocation, grid: RankGrid
+) -> list[tuple[int, int]]:
+    if allocation == "threshold":
+        return threshold_ranks(profile, budget.value, grid)
+    if allocation in ("uniform", "greedy"):
+        raise InvalidSetting(f"allocation {allocation!r} is defined for a kept budget only")
+    count = len(profile.layers)
+    weights = depth_weights(count) if allocation == "pareto" else [1.0] * count
+    ranks = [
+        _smallest(_options(layer, grid, 1.0), budget.value / weight, layer.index)
+        for layer, weight in zip(profile.layers, weights, strict=True)
+    ]
+    if plan_ranks(profile, budget, allocation, ranks, grid).kept > 1:
+        best = max(allocate(profile, Budget("kept", 1.0), grid=grid).expected_error)
+        raise BudgetUnreachable(
+            f"layer_error {budget.value:g} would need more bytes than the uncompressed cache has; "
+            f"within them it reaches {best:.3g}",
+            asked=budget.value,
+            best=best,
+        )
+    return ranks
+
+
+def _smallest(options: Options, bound: float, layer: int) -> tuple[int, int]:
     good = np.flatnonzero(options.error <= bound)
     if not len(good):
         best = float(options.error.min())
         raise BudgetUnreachable(
-            f"layer_error {bound:g} cannot be met: layer {layer} reaches {best:.3g} at full rank",
+            f"layer_error {bound:g} cannot be met: layer {layer} reaches {best:.3g} at its largest ranks",
             asked=bound,
             best=best,
         )
     fitting = options.take(good)
-    i = int(np.lexsort((fitting.error, fitting.bytes))[0])
-    return int(fitting.ranks[i, 0]), int(fitting.ranks[i, 1])
+    return fitting.pair(int(np.lexsort((fitting.error, fitting.bytes))[0]))
 
 
-def _uniform(profile: ErrorProfile, budget: Budget, budget_bytes: int) -> list[tuple[int, int]]:
+def _uniform(
+    profile: ErrorProfile, budget: Budget, budget_bytes: int, grid: RankGrid
+) -> list[tuple[int, int]]:
     """The largest common share of the widths that fits, not below the ranks that were measured."""
     layer, count = profile.layers[0], len(profile.layers)
-    steps = RANK_STEPS * 4
+    sides = [
+        (basis.width, ranks)
+        for basis, ranks in ((layer.key, layer.ranks_key), (layer.value, layer.ranks_value))
+    ]
 
-    def ranks(share: int) -> tuple[int, int]:
-        pair = [max(1, share * basis.width // steps) for basis in (layer.key, layer.value)]
-        return max(pair[0], layer.ranks_key[0]), max(pair[1], layer.ranks_value[0])
+    def rank(share: int, width: int, measured: tuple[int, ...]) -> int:
+        wanted = max(measured[0], share * width // _UNIFORM_STEPS)
+        if grid.free:
+            return wanted
+        allowed = grid.ranks(measured)
+        return int(allowed[max(0, int(np.searchsorted(allowed, wanted, side="right")) - 1)])
+
+    def pair(share: int) -> tuple[int, int]:
+        return rank(share, *sides[0]), rank(share, *sides[1])
 
     def cost(pair: tuple[int, int]) -> int:
         return LATENT_BYTES * (layer.key.groups * pair[0] + layer.value.groups * pair[1]) * count
 
-    fitting = [pair for pair in map(ranks, range(1, steps + 1)) if cost(pair) <= budget_bytes]
+    fitting = [p for p in map(pair, range(1, _UNIFORM_STEPS + 1)) if cost(p) <= budget_bytes]
     if not fitting:
         fixed = position_bytes(profile.geometry, profile.key_mode)
-        best = (cost(ranks(1)) + fixed) / profile.geometry.dense_bytes_per_token
-        raise _below_smallest(budget, best)
+        raise _below_smallest(budget, (cost(pair(1)) + fixed) / profile.geometry.dense_bytes_per_token)
     return [fitting[-1]] * count
 
 
@@ -278,38 +241,46 @@ def _below_smallest(budget: Budget, best: float) -> BudgetUnreachable:
     )
 
 
-def check_reachable(geometry: AttentionGeometry, sharing: Sharing, key_mode: KeyMode, budget: Budget) -> None:
+def check_reachable(
+    geometry: AttentionGeometry,
+    sharing: Sharing,
+    key_mode: KeyMode,
+    budget: Budget,
+    grid: RankGrid = FREE,
+) -> None:
     """Refuse, before anything is fitted, a ``kept`` budget that no profile of this geometry can meet.
 
     Raises:
         BudgetUnreachable: with the smallest share that can be kept.
+        InvalidSetting: the grid leaves no rank at all.
     """
-    if budget.metric != "kept":
-        return
     latents = 0
     for keys in (True, False):
         _, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=keys)
-        latents += geometry.kv_width // width * candidate_ranks(width)[0]
+        latents += geometry.kv_width // width * int(grid.ranks(candidate_ranks(width))[0])
     best = (
         LATENT_BYTES * latents * geometry.layers + position_bytes(geometry, key_mode)
     ) / geometry.dense_bytes_per_token
-    if budget.value < best:
+    if budget.metric == "kept" and budget.value < best:
         raise _below_smallest(budget, best)
 
 
-def smallest_kept(profile: ErrorProfile) -> float:
+def smallest_kept(profile: ErrorProfile, grid: RankGrid = FREE) -> float:
     """The smallest share of the cache that a plan of this profile can keep."""
-    smallest = sum(int(_options(layer, 1.0).bytes.min()) for layer in profile.layers)
+    smallest = sum(int(_options(layer, grid, 1.0).bytes.min()) for layer in profile.layers)
     fixed = position_bytes(profile.geometry, profile.key_mode)
     return (smallest + fixed) / profile.geometry.dense_bytes_per_token
 
 
-def threshold_ranks(profile: ErrorProfile, error_budget: float) -> list[tuple[int, int]]:
+def threshold_ranks(
+    profile: ErrorProfile, error_budget: float, grid: RankGrid = FREE
+) -> list[tuple[int, int]]:
     """EigenAttention's rule, as released: one threshold on the summed singular values, for keys and values together.
 
     Per layer it starts at 1 and falls by 0.02 a trial; a rank counts the singular values whose cumulative share (of their
     sum, not of their squares) is below the threshold, the largest over the heads. The search ends when the layer's error
-    passes the budget or a rank falls to 45 % of the width, then goes back one step. Errors are read from the profile.
+    passes the budget or a rank falls to 45 % of the width, then goes back one step. Errors are read from the profile. A grid
+    rounds the ranks up, which the released code does not do.
     """
     found: list[tuple[int, int]] = []
     for layer in profile.layers:
@@ -336,19 +307,54 @@ def threshold_ranks(profile: ErrorProfile, error_budget: float) -> list[tuple[in
             if squared[i, j] ** 0.5 >= error_budget or small:
                 break
             best = (pair[0], pair[1])
+        if not grid.free:
+            best = (
+                _round_up(best[0], grid.ranks(layer.ranks_key)),
+                _round_up(best[1], grid.ranks(layer.ranks_value)),
+            )
         found.append(best)
     return found
 
 
-def _plan(
-    profile: ErrorProfile, budget: Budget, allocation: Allocation, ranks: list[tuple[int, int]]
+def _round_up(rank: int, allowed: Ints) -> int:
+    return int(allowed[min(int(np.searchsorted(allowed, rank)), len(allowed) - 1)])
+
+
+def _threshold_within(profile: ErrorProfile, budget: Budget, grid: RankGrid) -> list[tuple[int, int]]:
+    """The threshold rule at the smallest error budget whose ranks keep no more than asked."""
+
+    def kept(error_budget: float) -> float:
+        return plan_ranks(
+            profile, budget, "threshold", threshold_ranks(profile, error_budget, grid), grid
+        ).kept
+
+    low, high = 0.0, 1 + max(float(layer.error.max()) for layer in profile.layers)
+    if (best := kept(high)) > budget.value:
+        raise BudgetUnreachable(
+            f"kept {budget.value:g} cannot be met: allocation 'threshold' stops where keys or values reach "
+            f"{SMALLEST_EIGEN_SHARE:.0%} of their width, which keeps {best:.4f} of the cache",
+            asked=budget.value,
+            best=best,
+        )
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if kept(middle) <= budget.value else (middle, high)
+    return threshold_ranks(profile, high, grid)
+
+
+def plan_ranks(
+    profile: ErrorProfile,
+    budget: Budget,
+    allocation: Allocation,
+    ranks: Sequence[tuple[int, int]],
+    grid: RankGrid = FREE,
 ) -> Plan:
+    """The plan of given ranks, ``(rank_key, rank_value)`` a layer: what they cost and what error the profile expects."""
     errors: list[float] = []
     latents = 0
     for layer, (rank_key, rank_value) in zip(profile.layers, ranks, strict=True):
-        grid_key, grid_value, squared = interpolate(layer)
-        row = [float(np.interp(rank_value, grid_value, line)) for line in squared]
-        errors.append(float(np.interp(rank_key, grid_key, row)) ** 0.5)
+        squared = squared_errors(layer, np.asarray([rank_key]), np.asarray([rank_value]))
+        errors.append(float(squared[0, 0]) ** 0.5)
         latents += layer.key.groups * rank_key + layer.value.groups * rank_value
     known = all(layer.sensitivity is not None for layer in profile.layers)
     kl = sum(w * e**2 for w, e in zip(_weights(profile), errors, strict=True)) if known else None
@@ -362,11 +368,12 @@ def _plan(
         expected_kl=kl,
         budget=budget,
         allocation=allocation,
+        grid=grid,
     )
 
 
 def allocate_for_perplexity(
-    profile: ErrorProfile, budget: Budget, increase: Callable[[Plan], float]
+    profile: ErrorProfile, budget: Budget, increase: Callable[[Plan], float], grid: RankGrid = FREE
 ) -> tuple[Plan, float]:
     """The smallest cache whose measured perplexity increase stays within the budget, and that increase.
 
@@ -376,8 +383,8 @@ def allocate_for_perplexity(
     Raises:
         BudgetUnreachable: even the best plan that is smaller than the uncompressed cache exceeds the budget.
     """
-    low, high = smallest_kept(profile), 1.0
-    best = allocate(profile, Budget("kept", high))
+    low, high = smallest_kept(profile, grid), 1.0
+    best = allocate(profile, Budget("kept", high), grid=grid)
     reached = increase(best)
     if not reached <= budget.value:  # also where it is not a number
         raise BudgetUnreachable(
@@ -388,10 +395,10 @@ def allocate_for_perplexity(
         )
     while high - low > _KEPT_TOLERANCE:
         middle = (low + high) / 2
-        plan = allocate(profile, Budget("kept", middle))
+        plan = allocate(profile, Budget("kept", middle), grid=grid)
         found = increase(plan)
         if found <= budget.value:
             best, reached, high = plan, found, middle
         else:
             low = middle
-    return _plan(profile, budget, "knapsack", list(best.ranks)), reached
+    return plan_ranks(profile, budget, "knapsack", best.ranks, grid), reached

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -22,7 +22,9 @@ from orthokv.errors import BudgetUnreachable, OrthoKVError
 from orthokv.progress import BarReporter, PlainReporter, Reporter
 
 if TYPE_CHECKING:
+    from orthokv.allocate import Allocation
     from orthokv.dataset import TextMixture, TextSource
+    from orthokv.rankgrid import RankGrid
 
 app = typer.Typer(
     name="orthokv",
@@ -55,6 +57,12 @@ RefineSteps = Annotated[
     typer.Option(
         help="Steps of the last stage, all layers together; 0 leaves it out. Default: the method's own."
     ),
+]
+RankMultiple = Annotated[
+    int, typer.Option(help="Every rank is a multiple of this, e.g. 16 for tensor cores.")
+]
+RankChoices = Annotated[
+    str | None, typer.Option(help="Every rank is one of these, separated by commas, e.g. 32,64,128.")
 ]
 Samples = Annotated[int, typer.Option(help="Number of token blocks.")]
 Length = Annotated[int, typer.Option(help="Tokens in a block.")]
@@ -99,13 +107,22 @@ def compress(
     kept: Kept = None,
     layer_error: LayerError = None,
     perplexity_increase: Increase = None,
-    method: Annotated[str, typer.Option(help="oblique, stiefel, weighted or eigen.")] = "oblique",
+    method: Annotated[str, typer.Option(help="oblique, stiefel, weighted, eigen or palu.")] = "oblique",
     sharing: Annotated[str, typer.Option(help="joint, tied or head: which heads share a basis.")] = "joint",
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     parameterisation: Annotated[str | None, typer.Option(help="stiefel only: direct or predictor.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the blocks of stiefel's predictor.")] = None,
     refine_steps: RefineSteps = None,
+    propagate: Annotated[
+        float | None,
+        typer.Option(
+            help="Fit each layer on what the layers before it produce when cut to this share of their widths "
+            "(default: on uncompressed inputs)."
+        ),
+    ] = None,
+    rank_multiple: RankMultiple = 1,
+    rank_choices: RankChoices = None,
     num_samples: Samples = 64,
     sequence_length: Length = 1024,
     field: Field = "text",
@@ -137,6 +154,7 @@ def compress(
         steps=steps,
         epochs=epochs,
         refine_steps=refine_steps,
+        propagate=propagate,
         num_samples=num_samples,
         sequence_length=sequence_length,
         seed=seed,
@@ -151,6 +169,7 @@ def compress(
             budget,
             out,
             settings,
+            grid=_grid(rank_multiple, rank_choices),
             form=form,  # type: ignore[arg-type]
             device=device,
             streaming=streaming,  # type: ignore[arg-type]
@@ -168,7 +187,7 @@ def compress(
             }
         )
         return
-    from orthokv.report import plan_table
+    from orthokv.tables import plan_table
 
     out_console.print(plan_table(made.plan, made.profile))
     _print_quality(made.measured)
@@ -228,7 +247,7 @@ def compare(
     evaluation: Annotated[str, typer.Option("--eval", help="Text to evaluate on, other than --dataset.")],
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     allocation: Annotated[
-        str, typer.Option(help="knapsack or uniform ranks, the same for all methods.")
+        str, typer.Option(help="knapsack, greedy, uniform or pareto: the same rule for all methods.")
     ] = "knapsack",
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the blocks of stiefel's predictor.")] = None,
@@ -249,14 +268,15 @@ def compare(
     from orthokv.dataset import TextSource, load_blocks
     from orthokv.errors import InvalidSetting
     from orthokv.pipeline import FitSettings, load, prepare_blocks
-    from orthokv.report import comparison_table
     from orthokv.source import load_tokenizer, resolve_model
+    from orthokv.tables import comparison_table
 
     _check_plot(plot)
     choices = [MethodChoice.parse(text) for text in methods.split(",")]
     shares = _shares(kept)
-    if allocation not in ALLOCATIONS[:2]:
-        raise InvalidSetting(f"allocation must be one of {', '.join(ALLOCATIONS[:2])}, not {allocation!r}")
+    rules = [rule for rule in ALLOCATIONS if rule != "threshold"]  # which only some methods have
+    if allocation not in rules:
+        raise InvalidSetting(f"allocation must be one of {', '.join(rules)}, not {allocation!r}")
     settings = FitSettings(
         method="stiefel",  # the one that has all hyper-parameters; each choice takes those that it has
         key_mode=key_mode,  # type: ignore[arg-type]
@@ -284,7 +304,7 @@ def compare(
             shares,
             choices,
             settings,
-            allocation=allocation,
+            allocation=cast("Allocation", allocation),
             report=report,
         )
     if plot is not None:
@@ -306,8 +326,10 @@ def plan(
     kept: Kept = None,
     layer_error: LayerError = None,
     allocation: Annotated[
-        str, typer.Option(help="knapsack, uniform, or EigenAttention's threshold rule.")
+        str, typer.Option(help="knapsack, greedy, uniform, or the papers': pareto, threshold.")
     ] = "knapsack",
+    rank_multiple: RankMultiple = 1,
+    rank_choices: RankChoices = None,
     form: FormOption = "adapter",
     model: Annotated[str | None, typer.Option(help="The base model's files, for --form full.")] = None,
     revision: Revision = None,
@@ -316,12 +338,12 @@ def plan(
     from orthokv.allocate import allocate
     from orthokv.checkpoint import write_checkpoint
     from orthokv.profile import ErrorProfile
-    from orthokv.report import plan_table
+    from orthokv.tables import plan_table
 
     budget = Budget.from_options(kept=kept, layer_error=layer_error)
     _refuse_taken(out)
     found = ErrorProfile.load(profile)
-    chosen = allocate(found, budget, allocation)  # type: ignore[arg-type]
+    chosen = allocate(found, budget, allocation, _grid(rank_multiple, rank_choices))  # type: ignore[arg-type]
     base = _base_of(found.model, model, revision) if form == "full" else None
     write_checkpoint(found, chosen, out, form=form, base=base)  # type: ignore[arg-type]
     out_console.print(plan_table(chosen, found))
@@ -375,7 +397,7 @@ def inspect(
     from orthokv.checkpoint import CONFIG, read_checkpoint
     from orthokv.digests import verify_files
     from orthokv.profile import ErrorProfile
-    from orthokv.report import profile_table
+    from orthokv.tables import profile_table
 
     _check_plot(plot)
     described: dict[str, Any] = {}
@@ -436,6 +458,16 @@ def _check_plot(plot: Path | None) -> None:
 
     if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
         raise InvalidSetting(f"--plot {plot} is not a file in an existing folder")
+
+
+def _grid(multiple: int, choices: str | None) -> RankGrid:
+    from orthokv.errors import InvalidSetting
+    from orthokv.rankgrid import RankGrid
+
+    try:
+        return RankGrid(multiple, tuple(int(part) for part in choices.split(",")) if choices else ())
+    except ValueError as error:
+        raise InvalidSetting(f"--rank-choices {choices!r}: {error}") from error
 
 
 def _shares(text: str) -> list[float]:

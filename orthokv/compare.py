@@ -6,11 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-from orthokv.allocate import Allocation, allocate
+from orthokv.allocate import Allocation, Plan, allocate
 from orthokv.attention import Seam
 from orthokv.basis import SHARINGS, Sharing
 from orthokv.budget import Budget
@@ -18,34 +18,51 @@ from orthokv.dataset import Blocks
 from orthokv.errors import InvalidSetting
 from orthokv.evaluate import cache_size, quality_by_layer
 from orthokv.methods import METHODS
-from orthokv.pipeline import FitSettings, build_profile, fit_layers, planned_bases
+from orthokv.pipeline import FitSettings, build_profile, device_name, fit_layers, planned_bases
+from orthokv.profile import ErrorProfile
 from orthokv.progress import Reporter, Step, silent
-from orthokv.report import ComparisonRow
+from orthokv.results import ComparisonRow
 from orthokv.source import ModelSource
 
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """One line of a comparison, written ``method:sharing`` or ``method:sharing:parameterisation``."""
+    """One line of a comparison, written ``method:sharing[:parameterisation][:setting=value ...]``."""
 
     method: str
     sharing: str
     parameterisation: str | None = None
+    options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> MethodChoice:
-        """Raises :class:`InvalidSetting` for anything but the two forms above."""
-        parts = text.strip().split(":")
-        if len(parts) not in (2, 3) or not all(parts) or parts[1] not in SHARINGS:
+        """Raises :class:`InvalidSetting` for anything but the form above."""
+        method, _, others = text.strip().partition(":")
+        sharing, *rest = others.split(":")
+        bare = [part for part in rest if "=" not in part]
+        options = [part.partition("=") for part in rest if "=" in part]
+        if (
+            not method
+            or sharing not in SHARINGS
+            or len(bare) > 1
+            or not all(bare)
+            or not all(name and value for name, _, value in options)
+        ):
             raise InvalidSetting(
-                f"{text!r} is not method:sharing or method:sharing:parameterisation "
+                f"{text!r} is not method:sharing[:parameterisation][:setting=value ...] "
                 f"(sharing: {', '.join(SHARINGS)})"
             )
-        return cls(parts[0], parts[1], parts[2] if len(parts) == 3 else None)
+        return cls(
+            method,
+            sharing,
+            bare[0] if bare else None,
+            tuple((name, _value(value)) for name, _, value in options),
+        )
 
     def settings(self, base: FitSettings) -> FitSettings:
         """``base`` with this method, which takes from it only the hyper-parameters that it has."""
         fields = METHODS[self.method].__dataclass_fields__ if self.method in METHODS else {}
+        options = dict(self.options)
         return replace(
             base,
             method=self.method,
@@ -53,10 +70,75 @@ class MethodChoice:
             parameterisation=self.parameterisation,
             steps=base.steps if "steps" in fields else None,
             epochs=base.epochs if "epochs" in fields else None,
+            refine_steps=options.pop("refine_steps", base.refine_steps),
+            options=options,
         )
 
     def __str__(self) -> str:
-        return self.method if self.parameterisation is None else f"{self.method} ({self.parameterisation})"
+        said = [] if self.parameterisation is None else [self.parameterisation]
+        said += [f"{name}={value}" for name, value in self.options]
+        return f"{self.method} ({', '.join(said)})" if said else self.method
+
+
+def _value(text: str) -> Any:
+    """A setting's value: true, false, a number, or the word itself."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def fit_profile(
+    model: PreTrainedModel,
+    source: ModelSource,
+    blocks: Blocks,
+    settings: FitSettings,
+    report: Reporter = silent,
+) -> tuple[ErrorProfile, float]:
+    """The profile of one method, and the seconds that it took."""
+    start = time.perf_counter()
+    layers = list(fit_layers(model, blocks, settings, report=report))
+    profile = build_profile(model, source, blocks, layers, settings, report)
+    return profile, time.perf_counter() - start
+
+
+def measure_plan(
+    model: PreTrainedModel,
+    profile: ErrorProfile,
+    plan: Plan,
+    evaluation: Blocks,
+    choice: MethodChoice,
+    *,
+    seconds: float | None,
+    text: str = "",
+) -> ComparisonRow:
+    """One plan on one text: the model with and without it, on the same blocks, and a live cache of its ranks."""
+    bases = planned_bases(model, profile, plan)
+    with Seam(model, profile.key_mode) as seam:
+        found, layers = quality_by_layer(seam, bases, evaluation)
+        size = cache_size(seam, bases, evaluation.tokens[0])
+    return ComparisonRow(
+        method=str(choice),
+        sharing=choice.sharing,
+        key_mode=profile.key_mode,
+        kept_asked=plan.budget.value,
+        kept=size.kept,
+        cache_bytes_per_token=round(size.bytes_per_token),
+        perplexity=found.perplexity,
+        perplexity_dense=found.perplexity_dense,
+        kl=found.kl,
+        layer_error=sum(layer.error for layer in layers) / len(layers),
+        seconds=seconds,
+        layer_cosine=sum(layer.cosine for layer in layers) / len(layers),
+        text=text,
+        allocation=plan.allocation,
+        seed=profile.seed,
+        device=device_name(model.device),
+    )
 
 
 def compare_methods(
@@ -83,40 +165,14 @@ def compare_methods(
     for n, (choice, chosen) in enumerate(zip(choices, every, strict=True)):
         name = f"{choice}:{choice.sharing}"
         report(Step("comparing", n, len(choices), "methods"))
-        start = time.perf_counter()
-        profile = build_profile(
-            model,
-            source,
-            blocks,
-            list(fit_layers(model, blocks, chosen, report=_named(report, name))),
-            chosen,
-        )
-        seconds = time.perf_counter() - start
+        profile, seconds = fit_profile(model, source, blocks, chosen, _named(report, name))
         if profiles is not None:
             folder = profiles / name.replace(":", "-").replace(" ", "")
             folder.mkdir()
             profile.save(folder)
         for budget in budgets:
             plan = allocate(profile, budget, allocation)
-            bases = planned_bases(model, profile, plan)
-            with Seam(model, profile.key_mode) as seam:
-                found, layers = quality_by_layer(seam, bases, evaluation)
-                size = cache_size(seam, bases, evaluation.tokens[0])
-            rows.append(
-                ComparisonRow(
-                    method=str(choice),
-                    sharing=choice.sharing,
-                    key_mode=chosen.key_mode,
-                    kept_asked=budget.value,
-                    kept=size.kept,
-                    cache_bytes_per_token=round(size.bytes_per_token),
-                    perplexity=found.perplexity,
-                    perplexity_dense=found.perplexity_dense,
-                    kl=found.kl,
-                    layer_error=sum(layer.error for layer in layers) / len(layers),
-                    seconds=seconds,
-                )
-            )
+            rows.append(measure_plan(model, profile, plan, evaluation, choice, seconds=seconds))
     report(Step("comparing", len(choices), len(choices), "methods"))
     return rows
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from orthokv.geometry import AttentionGeometry, check_key_mode
 from orthokv.methods import make_method
 from orthokv.profile import ErrorProfile, LayerProfile, measure_layer
 from orthokv.progress import Reporter, Step, counter, silent
+from orthokv.rankgrid import FREE, RankGrid
 from orthokv.refine import CHECK_BLOCKS, Refinement, refine
 from orthokv.runtime.attach import attach, detach
 from orthokv.source import ModelSource, load_config, load_model, load_tokenizer, resolve_device
@@ -62,6 +63,10 @@ class FitSettings:
         parameterisation, steps, epochs: settings of the method; None takes the method's default.
         refine_steps: steps of the last stage, all layers together (:mod:`orthokv.refine`); 0 leaves it out, None takes the
             method's default.
+        options: other hyper-parameters of the method, by name.
+        propagate: None fits every layer on what the *uncompressed* layers before it produce, so that layers are independent.
+            A share of the widths in (0, 1] fits each on what the layers before it produce when they are cut to that share;
+            layers can then only be fitted in order, by one worker.
         num_samples, sequence_length: calibration blocks, of which one in eight is held out.
         seed: of everything random.
         profile_samples: blocks on which the error surface is measured.
@@ -75,6 +80,8 @@ class FitSettings:
     steps: int | None = None
     epochs: int | None = None
     refine_steps: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    propagate: float | None = None
     num_samples: int = 64
     sequence_length: int = 1024
     seed: int = 0
@@ -91,15 +98,16 @@ class FitSettings:
         for name in ("profile_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidSetting(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.propagate is not None and not 0 < self.propagate <= 1:
+            raise InvalidSetting(f"propagate must be a share of the widths in (0, 1], not {self.propagate:g}")
         self.make_method()
         if self.refine_steps is not None and self.refine_steps < 0:
             raise InvalidSetting(f"refine_steps must be at least 0, not {self.refine_steps}")
 
     def make_method(self) -> Any:
         """The method with its hyper-parameters; :class:`InvalidSetting` where it does not have one that was given."""
-        return make_method(
-            self.method, parameterisation=self.parameterisation, steps=self.steps, epochs=self.epochs
-        )
+        own = {"parameterisation": self.parameterisation, "steps": self.steps, "epochs": self.epochs}
+        return make_method(self.method, **{**own, **self.options})
 
     @property
     def refinement(self) -> Refinement | None:
@@ -194,15 +202,22 @@ def fit_layers(
     layers: Iterable[int] | None = None,
     report: Reporter = silent,
 ) -> Iterator[LayerProfile]:
-    """Fit layers one by one, in order, each on what the uncompressed layers before it produce.
+    """Fit layers one by one, in order, each on what the uncompressed layers before it produce (but see ``propagate``).
 
     Args:
         layers: which ones; the others are only run through. A layer's result does not depend on which others are fitted.
+
+    Raises:
+        InvalidSetting: there is no such layer, or ``propagate`` is set and a layer before a wanted one is not fitted.
     """
     geometry = AttentionGeometry.from_config(model.config)
     wanted = sorted(set(range(geometry.layers) if layers is None else layers))
     if wanted and not 0 <= wanted[0] <= wanted[-1] < geometry.layers:
         raise InvalidSetting(f"layers {wanted} are outside 0..{geometry.layers - 1}")
+    if settings.propagate is not None and wanted != list(range(len(wanted))):
+        raise InvalidSetting(
+            f"propagate needs all layers before a layer to be fitted in the same run; layers {wanted} leave some out"
+        )
     method = settings.make_method()
     fitting, _ = blocks.split(settings.holdout)
     report(Step("fitting", 0, len(wanted), "layers"))
@@ -215,6 +230,11 @@ def fit_layers(
                 fitted = method.fit(view, settings.sharing, settings.seed * 100_003 + index).contiguous()
                 yield measure_layer(view, fitted, settings.profile_samples)
                 report(Step("fitting", wanted.index(index) + 1, len(wanted), "layers"))
+                if settings.propagate is not None:
+                    ranks = [max(1, round(settings.propagate * b.width)) for b in (fitted.key, fitted.value)]
+                    seam.set_bases(index, _on(model, fitted.bases(*ranks)))
+                    walk.run(index)
+                    seam.set_bases(index, None)
             else:
                 walk.run(index)
             walk.advance()
@@ -250,7 +270,12 @@ def build_profile(
             "sequence_length": int(blocks.tokens.shape[1]),
             "held_out": settings.holdout,
         },
-        method={"name": method.name, **asdict(method), "refine_steps": 0},
+        method={
+            "name": method.name,
+            **asdict(method),
+            "refine_steps": 0,
+            **({} if settings.propagate is None else {"propagate": settings.propagate}),
+        },
         seed=settings.seed,
     )
     fitting, held_out = blocks.split(settings.holdout)
@@ -363,6 +388,7 @@ def make_plan(
     budget: Budget,
     allocation: Allocation = "knapsack",
     *,
+    grid: RankGrid = FREE,
     model: PreTrainedModel | None = None,
     held_out: Blocks | None = None,
     report: Reporter = silent,
@@ -374,7 +400,7 @@ def make_plan(
         InvalidSetting: a perplexity budget without a model and held-out blocks.
     """
     if budget.metric != "perplexity_increase":
-        return allocate(profile, budget, allocation), None
+        return allocate(profile, budget, allocation, grid), None
     if model is None or held_out is None:
         raise InvalidSetting(
             "a perplexity_increase budget needs the model and held-out text to be checked on"
@@ -388,7 +414,7 @@ def make_plan(
             report(Step("planning", tried, max(tried, 9), "plans"))
             return quality(seam, planned_bases(model, profile, plan), held_out).increase
 
-        return allocate_for_perplexity(profile, budget, increase)
+        return allocate_for_perplexity(profile, budget, increase, grid)
 
 
 def evaluate_checkpoint(
@@ -437,13 +463,14 @@ def evaluate_checkpoint(
             measured["tokens_per_second"], measured["tokens_per_second_dense"] = tokens_per_second(
                 seam, bases, prompt
             )
-            measured["device"] = _device_name(model.device)
+            measured["device"] = device_name(model.device)
         return measured
     finally:
         detach(model)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What a measurement says it ran on."""
     return (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -472,6 +499,7 @@ def compress(
     out: Path,
     settings: FitSettings | None = None,
     *,
+    grid: RankGrid = FREE,
     form: Form = "adapter",
     device: str = "auto",
     streaming: Streaming = "auto",
@@ -489,14 +517,14 @@ def compress(
     geometry = read_geometry(source)
     # What can be refused is refused before any weight is read.
     check_key_mode(geometry, settings.key_mode)
-    check_reachable(geometry, settings.sharing, settings.key_mode, budget)
+    check_reachable(geometry, settings.sharing, settings.key_mode, budget, grid)
     model = load(source, device, streaming=streaming)
     possible_refinement(model, settings)
     blocks = prepare_blocks(source, text, settings, model, report)
     layers = list(fit_layers(model, blocks, settings, report=report))
     profile = build_profile(model, source, blocks, layers, settings, report)
     _, held_out = blocks.split(settings.holdout)
-    plan, reached = make_plan(profile, budget, model=model, held_out=held_out, report=report)
+    plan, reached = make_plan(profile, budget, grid=grid, model=model, held_out=held_out, report=report)
     checkpoint = write_checkpoint(profile, plan, out, form=form, base=source)
     try:
         measured = evaluate_checkpoint(model, checkpoint, held_out, report=report)

@@ -1,37 +1,13 @@
-"""What people read: the model card of a checkpoint, and tables of a profile, a plan and a comparison.
-
-Everything is returned, nothing is printed. Figures are in :mod:`orthokv.plots`, re-exported here.
-"""
+"""The model card of a checkpoint."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
-
-from orthokv.allocate import Plan, interpolate
-from orthokv.plots import KEY_MODES_IN_WORDS, number, percent, plot_comparison, plot_plan, plot_profile
-from orthokv.profile import ErrorProfile, LayerProfile
-
-__all__ = [
-    "ComparisonRow",
-    "comparison_markdown",
-    "comparison_table",
-    "model_card",
-    "plan_table",
-    "plot_comparison",
-    "plot_plan",
-    "plot_profile",
-    "profile_table",
-]
+from orthokv.wording import KEY_MODES_IN_WORDS, markdown, number, percent
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _FILE_SUFFIX = re.compile(r"\.(jsonl?|ndjson|txt|md|parquet|gz|zst|csv)$", re.IGNORECASE)
@@ -48,43 +24,6 @@ _FILES = {
     "profile.safetensors": "bases at full rank, from which other budgets are served without a new fit",
     "SHA256SUMS": "digests that loading verifies",
 }
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    """One method at one budget, measured.
-
-    Attributes:
-        kept_asked, kept: share of the 16-bit cache's bytes: the budget, and what a live cache holds.
-        cache_bytes_per_token: bytes of the live cache, whole model.
-        perplexity, perplexity_dense: compressed and uncompressed model on the same blocks.
-        kl: mean KL divergence from the uncompressed predictions, nats per token.
-        layer_error: relative error of a decoder layer's output.
-        seconds: wall time of the fit.
-    """
-
-    method: str
-    sharing: str
-    key_mode: str
-    kept_asked: float
-    kept: float
-    cache_bytes_per_token: int
-    perplexity: float
-    perplexity_dense: float
-    kl: float
-    layer_error: float
-    seconds: float | None
-
-    @property
-    def ratio(self) -> float:
-        """Perplexity over that of the uncompressed model."""
-        return self.perplexity / self.perplexity_dense
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-# ---------------------------------------------------------------------------------------------- model card
 
 
 def model_card(config: dict[str, Any]) -> str:
@@ -152,12 +91,6 @@ def _front_matter(config: dict[str, Any]) -> str:
     return "\n".join([*lines, "tags: [kv-cache, orthokv, low-rank]", "---"])
 
 
-def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table whose first ``left`` columns are text and the others numbers."""
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
-
-
 def _quality(config: dict[str, Any]) -> list[str]:
     measured = config.get("measured")
     if not measured:
@@ -184,7 +117,7 @@ def _quality(config: dict[str, Any]) -> list[str]:
     pair("cache bytes per token", "cache_bytes_per_token", _bytes)
     pair("cache kept", "kept", percent)
     pair("decoding, tokens per second", "tokens_per_second")
-    return [_markdown(("", "compressed", "uncompressed"), rows), *_measured_on(config, measured)]
+    return [markdown(("", "compressed", "uncompressed"), rows), *_measured_on(config, measured)]
 
 
 def _measured_on(config: dict[str, Any], measured: dict[str, Any]) -> list[str]:
@@ -245,7 +178,7 @@ def _rank_table(config: dict[str, Any]) -> list[str]:
     return [
         f"Numbers cached per token. Uncompressed, a layer caches {width} for its keys and {width} for its values "
         f"({heads} KV heads x {head_dim}).",
-        _markdown([*head, *(label for label, _ in columns)], rows, left=0),
+        markdown([*head, *(label for label, _ in columns)], rows, left=0),
     ]
 
 
@@ -285,7 +218,7 @@ def _origin(config: dict[str, Any]) -> str:
     rows.append(("calibrated positions", f"0 to {config['calibrated_positions'] - 1}"))
     rows.append(("seed", str(config["seed"])))
     rows.append(("producer", f"{config['producer']['name']} {config['producer']['version']}"))
-    return _markdown(("", ""), rows, left=2)
+    return markdown(("", ""), rows, left=2)
 
 
 def _limits(config: dict[str, Any]) -> str:
@@ -312,126 +245,3 @@ def _files(config: dict[str, Any]) -> str:
     full = "the base model's own files, with `quantization_config` added to `config.json`; "
     listed = "; ".join(f"`{name}`: {what}" for name, what in _FILES.items())
     return f"Format version {config['format_version']}. {full if config['form'] == 'full' else ''}{listed}."
-
-
-# -------------------------------------------------------------------------------------------------- tables
-
-
-def error_at(layer: LayerProfile, share: float) -> float | None:
-    """A layer's error with the same share of the width for keys and values; None below the smallest profiled rank."""
-    grid_key, grid_value, squared = interpolate(layer)
-    rank_key, rank_value = share * layer.key.width, share * layer.value.width
-    if rank_key < grid_key[0] or rank_value < grid_value[0]:
-        return None
-    along = [float(np.interp(rank_value, grid_value, row)) for row in squared]
-    return math.sqrt(float(np.interp(rank_key, grid_key, along)))
-
-
-def _table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        header_style="",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    for name in text:
-        table.add_column(Text(name), no_wrap=True)
-    for name in numbers:
-        table.add_column(Text(name), justify="right")
-    return table
-
-
-def _rank(total: int, per_head: float, width: int) -> list[str]:
-    return [f"{per_head:g}", str(total), percent(total / width)]
-
-
-def profile_table(profile: ErrorProfile) -> Table:
-    """One line a layer: widths, the error where half and a quarter of the cache are kept, and sensitivity."""
-    method = profile.method.get("name", "?")
-    title = (
-        f"{method}:{profile.sharing}, {KEY_MODES_IN_WORDS[profile.key_mode]}; error of each layer's output"
-    )
-    head = ("key width", "value width", "error, 50 % kept", "error, 25 % kept", "sensitivity")
-    table = _table(title, (), ("layer", *head))
-    for layer in profile.layers:
-        errors = [error_at(layer, share) for share in (0.5, 0.25)]
-        table.add_row(
-            str(layer.index),
-            *(f"{b.groups} x {b.width}" if b.groups > 1 else str(b.width) for b in (layer.key, layer.value)),
-            *("-" if error is None else number(error, 3) for error in errors),
-            "-" if layer.sensitivity is None else number(layer.sensitivity, 3),
-        )
-    return table
-
-
-def plan_table(plan: Plan, profile: ErrorProfile) -> Table:
-    """One line a layer: ranks per head-equivalent, as layer totals and as shares, and the expected error."""
-    heads, width = profile.geometry.kv_heads, profile.geometry.kv_width
-    kl = "" if plan.expected_kl is None else f", expected KL {number(plan.expected_kl, 3)} nats per token"
-    title = (
-        f"{plan.bytes_per_token} of {plan.dense_bytes_per_token} bytes per token, "
-        f"{percent(plan.kept)} kept{kl} ({plan.allocation} for {plan.budget})"
-    )
-    head = [f"{side}{what}" for side in ("keys", "values") for what in ("/head", "/layer", ", share")]
-    table = _table(title, (), ("layer", *head, "expected error"))
-    sums = [0, 0]
-    for layer, ranks, error in zip(profile.layers, plan.ranks, plan.expected_error, strict=True):
-        totals = [basis.groups * rank for basis, rank in zip((layer.key, layer.value), ranks, strict=True)]
-        sums = [a + b for a, b in zip(sums, totals, strict=True)]
-        cells = [cell for total in totals for cell in _rank(total, total / heads, width)]
-        table.add_row(str(layer.index), *cells, number(error, 3))
-    count = len(profile.layers)
-    means = [
-        cell
-        for total in sums
-        for cell in (f"{total / heads / count:.3g}", "", percent(total / width / count))
-    ]
-    table.add_section()
-    table.add_row("mean", *means, "", style="bold")
-    return table
-
-
-_COMPARISON = (
-    "asked",
-    "kept",
-    "bytes/token",
-    "perplexity",
-    "x dense",
-    "KL, nats",
-    "layer error",
-    "seconds",
-)
-
-
-def _comparison_cells(row: ComparisonRow) -> list[str]:
-    return [
-        *(percent(row.kept_asked), percent(row.kept), str(row.cache_bytes_per_token)),
-        *(number(row.perplexity), number(row.ratio), number(row.kl, 3), number(row.layer_error, 3)),
-        "" if row.seconds is None else f"{row.seconds:.1f}",
-    ]
-
-
-def comparison_table(rows: list[ComparisonRow], dense_perplexity: float) -> Table:
-    """The uncompressed model, then one line a row; at each budget the lowest perplexity is bold."""
-    title = "Perplexity at measured cache sizes, same text and blocks"
-    table = _table(title, ("method", "sharing", "keys"), _COMPARISON)
-    table.add_row("dense", "", "", "", percent(1.0), "", number(dense_perplexity), "1", "", "", "")
-    for row in rows:
-        best = row.perplexity <= min(other.perplexity for other in rows if other.kept_asked == row.kept_asked)
-        names = [Text(name) for name in (row.method, row.sharing, row.key_mode)]
-        table.add_row(*names, *_comparison_cells(row), style="bold" if best else None)
-    return table
-
-
-def comparison_markdown(rows: list[ComparisonRow]) -> str:
-    """The comparison as a GitHub table, the uncompressed model first."""
-    lines: list[list[str]] = []
-    if rows:
-        lines.append(
-            ["dense", "", "", "", percent(1.0), "", number(rows[0].perplexity_dense), "1", "", "", ""]
-        )
-    for row in rows:
-        names = [re.sub(r"[|\s]+", " ", name) for name in (row.method, row.sharing, row.key_mode)]
-        lines.append([*names, *_comparison_cells(row)])
-    return _markdown(("method", "sharing", "keys", *_COMPARISON), lines, left=3) + "\n"

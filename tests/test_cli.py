@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,7 +224,7 @@ def test_plan_makes_another_checkpoint_without_a_model(
     verify_files(tmp_path / "out")
 
 
-@pytest.mark.parametrize("allocation", ["knapsack", "uniform"])
+@pytest.mark.parametrize("allocation", ["knapsack", "greedy", "pareto"])
 def test_plan_full_holds_the_model_too(
     allocation: str, run: Run, compressed: Compressed, tmp_path: Path
 ) -> None:
@@ -234,6 +234,59 @@ def test_plan_full_holds_the_model_too(
     assert said.code == 0, said.err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (DEMO / "model.safetensors").read_bytes()
     assert read_checkpoint(tmp_path / "out").config["plan"]["allocation"] == allocation
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [(("--rank-multiple", 16), range(16, 1000, 16)), (("--rank-choices", "32,48,128"), (32, 48, 128))],
+)
+def test_plan_uses_the_ranks_that_were_asked_for(
+    options: tuple[object, ...], allowed: Sequence[int], run: Run, compressed: Compressed, tmp_path: Path
+) -> None:
+    said = run("plan", compressed.folder, "--kept", "0.4", *options, "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    plan = read_checkpoint(tmp_path / "out").config["plan"]
+    assert all(rank in allowed for pair in plan["ranks"] for rank in pair.values())
+    assert plan["kept"] <= 0.4
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--rank-multiple", 0), "rank multiple must be at least 1, not 0"),
+        (("--rank-multiple", 999), "multiple of 999"),
+        (("--rank-choices", "16,many"), "--rank-choices '16,many'"),
+        (("--rank-choices", "9999"), "no rank of 9999"),
+    ],
+)
+def test_plan_refuses_ranks_that_cannot_be(
+    options: tuple[object, ...], named: str, run: Run, compressed: Compressed, tmp_path: Path
+) -> None:
+    said = run("plan", compressed.folder, "--kept", "0.4", *options, "--out", tmp_path / "out")
+    refused(said, tmp_path / "out", named)
+
+
+def test_compress_refuses_ranks_that_cannot_be_before_it_reads_any_weight(
+    run: Run, text: Path, tmp_path: Path
+) -> None:
+    said = run(
+        "compress", DEMO, "--dataset", text, "--kept", "0.5", "--rank-multiple", 999, *SMALL, "--out", tmp_path / "out"
+    )  # fmt: skip
+    refused(said, tmp_path / "out", "multiple of 999")
+    assert "fitting" not in said.err
+
+
+def test_compress_with_compressed_inputs_says_so_in_its_checkpoint(
+    run: Run, text: Path, tmp_path: Path
+) -> None:
+    said = run(
+        "compress", DEMO, "--dataset", text, "--kept", "0.5", "--method", "eigen", "--propagate", "0.25", "--rank-multiple",
+        16, *SMALL, "--out", tmp_path / "out", "--device", "cpu",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    config = read_checkpoint(tmp_path / "out").config
+    assert config["method"]["propagate"] == 0.25
+    assert all(rank % 16 == 0 for pair in config["plan"]["ranks"] for rank in pair.values())
 
 
 def test_generate_continues_a_prompt_from_the_compressed_cache(run: Run, compressed: Compressed) -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ from orthokv.methods.predictor import (
     _fit_side,
     fit_predictor,
 )
+from orthokv.methods.stiefel import Start
 from orthokv.methods.weighted import value_weighting, whiten
 from orthokv.pipeline import FitSettings, fit_layers
 from tests.tiny import ARCHITECTURES, tiny_blocks, tiny_model
@@ -207,7 +208,7 @@ def test_some_layers_alone_are_fitted_as_among_all(sharing: Sharing, method: str
 
 
 @pytest.mark.parametrize("retraction", RETRACTIONS)
-@pytest.mark.parametrize("start", ["eigen", "weighted"])
+@pytest.mark.parametrize("start", get_args(Start))
 def test_stiefel_stays_on_the_manifold_with_every_retraction_and_start(start: Any, retraction: str) -> None:
     fitted = Stiefel(steps=5, start=start, retraction=retraction).fit(view_of(), "joint", seed=0)
     assert orthonormality_error(fitted.key.encoder) < 1e-5
@@ -220,11 +221,11 @@ def test_stiefel_stays_on_the_manifold_with_every_retraction_and_start(start: An
 
 def test_the_registry_names_each_method_by_its_own_name() -> None:
     assert {name: method.name for name, method in METHODS.items()} == {name: name for name in METHODS}
-    assert set(METHODS) == {"eigen", "stiefel", "weighted", "oblique"}
+    assert set(METHODS) == {"eigen", "stiefel", "weighted", "oblique", "palu"}
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InvalidSetting, match=r"eigen, stiefel, weighted, oblique.*'pca'"):
+    with pytest.raises(InvalidSetting, match=r"eigen, stiefel, weighted, oblique, palu.*'pca'"):
         make_method("pca")
 
 
@@ -242,7 +243,7 @@ def test_a_setting_that_a_method_does_not_have_is_refused_by_name() -> None:
         (Stiefel, {"epochs": 0}, "epochs .* not 0"),
         (Stiefel, {"parameterisation": "cayley"}, "'cayley'"),
         (Stiefel, {"retraction": "none"}, "'none'"),
-        (Stiefel, {"start": "random"}, "'random'"),
+        (Stiefel, {"start": "pca"}, "'pca'"),
         (Stiefel, {"step_size": -1.0}, "step_size"),
         (Oblique, {"steps": 0}, "steps .* not 0"),
         (Oblique, {"step_size": float("nan")}, "step_size"),
@@ -479,13 +480,13 @@ def errors_at(view: LayerView, fitted: FittedBases, shares: tuple[float, ...]) -
 def start_of(method: Stiefel, view: LayerView, sharing: Sharing) -> FittedBases:
     geometry = view.geometry
     key, value = (
-        orthonormal(p.float(), geometry.kv_heads, geometry.head_dim) for p in method._start(view, sharing)
+        orthonormal(p.float(), geometry.kv_heads, geometry.head_dim) for p in method._start(view, sharing, 0)
     )
     return FittedBases(key, value, {})
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
-@pytest.mark.parametrize("start", ["eigen", "weighted"])
+@pytest.mark.parametrize("start", get_args(Start))
 def test_stiefel_lowers_the_error_of_the_layer_below_its_start_at_middle_ranks(
     start: Any, sharing: Sharing
 ) -> None:

@@ -29,6 +29,7 @@ from orthokv.errors import BudgetUnreachable, InvalidModel, InvalidSetting, Orth
 from orthokv.evaluate import block_logits, cache_size, compressed, quality
 from orthokv.generation import generate
 from orthokv.geometry import AttentionGeometry, check_key_mode
+from orthokv.methods import Eigen, Palu, Stiefel
 from orthokv.pipeline import (
     FitSettings,
     build_profile,
@@ -529,6 +530,56 @@ def test_a_text_longer_than_learned_positions_is_refused_in_a_sentence() -> None
         generate(tiny_model("opt"), tiny_tokenizer(), None, "a" * 250, 20)
 
 
+# -------------------------------------------------------------------------------------- compressed inputs
+
+
+def test_with_propagate_a_layer_is_fitted_on_what_the_compressed_layers_before_it_produce() -> None:
+    model, blocks = tiny_model("llama"), tiny_blocks(4, 16)
+    settings = replace(QUICK, propagate=0.25)
+    layers = list(fit_layers(model, blocks, settings))
+    seen: list[torch.Tensor] = []
+    with Seam(model, "pre") as seam:
+        for layer in layers[:2]:
+            ranks = [round(0.25 * basis.width) for basis in (layer.key, layer.value)]
+            seam.set_bases(layer.index, layer.bases(*ranks))
+        seam.observe(2, lambda query, key, value: seen.append(key))
+        fitting, _ = blocks.split(settings.holdout)
+        model(fitting.tokens, use_cache=False)
+    rows = seen[0].transpose(1, 2).flatten(0, 1).flatten(1).double()
+    expected = torch.linalg.svdvals(rows) / len(rows) ** 0.5
+    assert layers[2].spectrum_key is not None
+    torch.testing.assert_close(layers[2].spectrum_key[0].double(), expected, rtol=1e-3, atol=1e-4)
+    uncompressed = list(fit_layers(model, blocks, QUICK))
+    assert torch.equal(uncompressed[0].error, layers[0].error)
+    assert not torch.allclose(uncompressed[2].error, layers[2].error, rtol=1e-3)
+
+
+def test_compressed_to_their_whole_width_inputs_are_uncompressed() -> None:
+    model, blocks = tiny_model("llama"), tiny_blocks(4, 16)
+    plain, propagated = (list(fit_layers(model, blocks, replace(QUICK, propagate=p))) for p in (None, 1.0))
+    for a, b in zip(plain, propagated, strict=True):
+        torch.testing.assert_close(a.error, b.error, rtol=1e-3, atol=1e-5)
+
+
+def test_with_propagate_layers_are_not_fitted_apart() -> None:
+    model, blocks = tiny_model("llama"), tiny_blocks(4, 16)
+    settings = replace(QUICK, propagate=0.5)
+    assert [layer.index for layer in fit_layers(model, blocks, settings, [0, 1])] == [0, 1]
+    with pytest.raises(InvalidSetting, match=r"layers \[1, 2\] leave some out"):
+        list(fit_layers(model, blocks, settings, [1, 2]))
+
+
+def test_a_profile_says_that_its_inputs_were_compressed(folder: Callable[..., Path]) -> None:
+    assert tiny_profile(folder(), propagate=0.5).method["propagate"] == 0.5
+    assert "propagate" not in tiny_profile(folder()).method
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5, float("nan")])
+def test_propagate_is_a_share(share: float) -> None:
+    with pytest.raises(InvalidSetting, match="propagate must be a share"):
+        FitSettings(propagate=share)
+
+
 # ------------------------------------------------------------------------------------------------- comparing
 
 
@@ -563,7 +614,44 @@ def test_methods_are_compared_at_equal_bytes_on_the_same_text(
     assert seam_of(model) is None
 
 
-@pytest.mark.parametrize("text", ["eigen", "eigen:", ":tied", "eigen:tied:direct:x", "eigen:none", ""])
+def test_a_choice_names_a_method_its_sharing_and_any_of_its_hyper_parameters() -> None:
+    choice = MethodChoice.parse("stiefel:tied:predictor:epochs=5")
+    made = choice.settings(FitSettings(steps=9, epochs=2)).make_method()
+    assert made == Stiefel(parameterisation="predictor", steps=9, epochs=5)
+    assert str(choice) == "stiefel (predictor, epochs=5)"
+    assert MethodChoice.parse("eigen:head:statistics=kq").settings(FitSettings()).make_method() == Eigen("kq")
+    assert MethodChoice.parse("palu:head:whitened=false").settings(FitSettings()).make_method() == Palu(
+        whitened=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("eigen:head:statistics=q", "'q'"),
+        ("eigen:head:colour=red", "no setting colour"),
+        ("stiefel:joint:steps=many", "'stiefel'"),
+    ],
+)
+def test_a_hyper_parameter_in_a_choice_is_checked_by_its_method(text: str, named: str) -> None:
+    with pytest.raises(InvalidSetting, match=named):
+        MethodChoice.parse(text).settings(FitSettings())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "eigen",
+        "eigen:",
+        ":tied",
+        "eigen:tied:direct:x",
+        "eigen:none",
+        "",
+        "eigen:tied:",
+        "eigen:tied:a=",
+        "eigen:tied:=1",
+    ],
+)
 def test_a_choice_that_is_no_method_and_sharing_is_refused_in_its_own_words(text: str) -> None:
     with pytest.raises(InvalidSetting, match="is not method:sharing"):
         MethodChoice.parse(text)

@@ -23,25 +23,17 @@ from matplotlib.text import Annotation, Text
 from rich.console import Console
 from rich.table import Table
 
-from orthokv import plots
 from orthokv.allocate import Plan, allocate
 from orthokv.basis import SHARINGS, KeyMode, Sharing, group_width, orthonormal
 from orthokv.budget import Budget
 from orthokv.checkpoint import read_checkpoint, record_measurements, write_checkpoint
 from orthokv.errors import InvalidSetting
 from orthokv.geometry import AttentionGeometry
+from orthokv.plots import plot_comparison, plot_plan, plot_profile, style
 from orthokv.profile import ErrorProfile, LayerProfile, candidate_ranks
-from orthokv.report import (
-    ComparisonRow,
-    comparison_markdown,
-    comparison_table,
-    model_card,
-    plan_table,
-    plot_comparison,
-    plot_plan,
-    plot_profile,
-    profile_table,
-)
+from orthokv.report import model_card
+from orthokv.results import ComparisonRow
+from orthokv.tables import comparison_markdown, comparison_table, plan_table, profile_table
 
 HEADS, HEAD_DIM = 4, 16
 MEASURED = {
@@ -419,7 +411,7 @@ def shown_texts(figure: matplotlib.figure.Figure) -> list[tuple[str, Any]]:
 )
 def test_no_text_overlaps_or_is_cut_off(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     kind, _, count = name.rpartition(" ")
     if kind == "profile":
         plot_profile(profile_of(int(count)), tmp_path / "x.png")
@@ -446,7 +438,7 @@ def test_a_large_profile_shows_twelve_layers_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     plot_profile(profile_of(32), tmp_path / "x.png")
     titles = [axes.get_title(loc="left") for axes in figures[0].axes]
     shown = [title for title in titles if title.startswith("layer")]
@@ -458,7 +450,7 @@ def test_the_best_split_has_the_least_error_of_its_cache_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     figures: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     profile = profile_of(1)
     plot_profile(profile, tmp_path / "x.png")
     dots = [line for line in figures[0].axes[0].lines if line.get_marker() == "o"]
@@ -477,7 +469,7 @@ def test_a_perplexity_that_is_not_finite_is_left_out_and_counted(
     rows = rows_of(["eigen:tied", "stiefel:joint"])
     broken = [replace(rows[0], perplexity=math.inf), *rows[1:]]
     figures: list[Any] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     plot_comparison(broken, tmp_path / "x.png")
     assert any("1 measurement without" in text.get_text() for text in figures[0].texts)
     for nothing in ([], [replace(row, perplexity=math.nan) for row in rows]):
@@ -503,15 +495,16 @@ def test_plots_without_matplotlib_name_the_extra(tmp_path: Path, monkeypatch: py
 def test_the_library_imports_where_matplotlib_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
-    spec = importlib.util.spec_from_file_location("orthokv_plots_again", plots.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    for file in Path(style.__file__).parent.glob("*.py"):
+        spec = importlib.util.spec_from_file_location("orthokv_plots_again", file)
+        assert spec is not None
+        assert spec.loader is not None
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 @given(wanted=st.lists(st.floats(-0.5, 1.5), min_size=1, max_size=12), gap=st.floats(0.001, 0.08))
 def test_labels_are_spread_apart_in_order_and_inside(wanted: list[float], gap: float) -> None:
-    found = plots.spread(wanted, gap, 0.0, 1.0)
+    found = style.spread(wanted, gap, 0.0, 1.0)
     for a, b in zip(sorted(found), sorted(found)[1:], strict=False):
         assert b - a >= gap - 1e-9
     assert min(found) >= -1e-9
@@ -525,7 +518,7 @@ def test_labels_are_spread_apart_in_order_and_inside(wanted: list[float], gap: f
 
 @given(low=st.floats(1e-4, 50), factor=st.floats(1.5, 1e4))
 def test_levels_are_round_numbers_within_the_range(low: float, factor: float) -> None:
-    levels = plots.round_levels(low, low * factor)
+    levels = style.round_levels(low, low * factor)
     assert len(levels) <= 9
     assert levels == sorted(levels)
     for level in levels:

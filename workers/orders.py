@@ -48,6 +48,7 @@ class Order:
     spec: dict[str, Any]
     budget: Budget
     form: str
+    rank_multiple: int
     layers: list[int]
     inputs: list[Source]
     texts: list[Text]
@@ -83,6 +84,7 @@ def load_order(session: Session, lease: Lease) -> Order:
         spec=origin.spec,
         budget=Budget(**job.spec["budget"]),
         form=job.spec["form"],
+        rank_multiple=job.spec.get("rank_multiple", 1),  # a job of before there was the field
         layers=_owed_layers(session, lease),
         inputs=[
             Source(file.filename, file.object_key, file.sha256)
@@ -149,6 +151,7 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
         ),
         budget=order.budget,
         form=order.form,
+        rank_multiple=order.rank_multiple,
         layers=order.layers,
         inputs={source.filename: str(inputs / source.filename) for source in order.inputs},
     )

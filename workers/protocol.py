@@ -60,6 +60,7 @@ class Request(_Message):
     settings: RunSettings
     budget: Budget
     form: str
+    rank_multiple: int
     layers: list[int]
     inputs: dict[str, str]
 

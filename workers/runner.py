@@ -42,6 +42,7 @@ from orthokv.pipeline import (
 from orthokv.plots import plot_profile
 from orthokv.profile import ErrorProfile, LayerProfile
 from orthokv.progress import Step
+from orthokv.rankgrid import RankGrid
 from orthokv.source import ModelSource, resolve_model
 
 MEDIA_TYPES = {
@@ -135,6 +136,9 @@ class Job:
     def budget(self) -> Budget:
         return Budget(self.request["budget"]["metric"], self.request["budget"]["value"])
 
+    def grid(self) -> RankGrid:
+        return RankGrid(self.request["rank_multiple"])
+
     def blocks(self) -> Blocks:
         return Blocks.load(self.inputs["blocks.safetensors"])
 
@@ -156,7 +160,7 @@ def resolve(job: Job) -> dict[str, Any]:
     source = job.source()
     geometry = read_geometry(source)
     check_key_mode(geometry, job.settings.key_mode)
-    check_reachable(geometry, job.settings.sharing, job.settings.key_mode, job.budget())
+    check_reachable(geometry, job.settings.sharing, job.settings.key_mode, job.budget(), job.grid())
     model = {"id": source.id, "revision": source.revision, "digest": source.digest}
     return {"model": model, "geometry": geometry.to_dict()}
 
@@ -222,8 +226,9 @@ def package(job: Job) -> dict[str, Any]:
     checked = budget.metric == "perplexity_increase"
     source = job.source() if checked or form == "full" else None
     model = load(source, job.device) if checked and source is not None else None
+    held_out = job.held_out() if checked else None
     plan, reached = make_plan(
-        found, budget, model=model, held_out=job.held_out() if checked else None, report=job.wire.progress
+        found, budget, grid=job.grid(), model=model, held_out=held_out, report=job.wire.progress
     )
     out = job.workdir / "checkpoint"
     write_checkpoint(found, plan, out, form=form, base=source)

@@ -12,7 +12,7 @@ from app.ids import id_pattern
 from app.jobs.models import Job as JobRow
 from app.jobs.models import Step as StepRow
 from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobKind, JobStatus, StepStatus
-from app.schemas import Body, Budget, Form, Metadata, Resource
+from app.schemas import Body, Budget, Form, Metadata, RankMultiple, Resource
 
 
 class ModelRef(Body):
@@ -82,6 +82,7 @@ class JobCreate(Body):
     budget: Budget
     method: Method = Method()
     form: Form = "adapter"
+    rank_multiple: RankMultiple = 1
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     metadata: Metadata = Field(default_factory=dict)
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
@@ -93,6 +94,7 @@ class CheckpointSpec(Resource):
     profile_id: str
     budget: Budget
     form: Form
+    rank_multiple: RankMultiple = 1
 
 
 class CompressSpec(Resource):
@@ -103,6 +105,7 @@ class CompressSpec(Resource):
     budget: Budget
     method: Method
     form: Form
+    rank_multiple: RankMultiple = 1
     seed: int
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from app.artifacts.schemas import Artifact
 from app.jobs.schemas import CompressSpec
-from app.schemas import Body, Budget, Form, Metadata, Resource
+from app.schemas import Body, Budget, Form, Metadata, RankMultiple, Resource
 
 
 class ProfileFiles(Resource):
@@ -41,4 +41,5 @@ class CheckpointCreate(Body):
 
     budget: Budget
     form: Form = "adapter"
+    rank_multiple: RankMultiple = 1
     metadata: Metadata = Field(default_factory=dict)

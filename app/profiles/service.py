@@ -38,7 +38,7 @@ def locate_plot(session: Session, *, profile_id: str) -> tuple[Artifact, str]:
 def create_checkpoint(session: Session, *, profile_id: str, body: CheckpointCreate) -> Job:
     """Queue the job that makes the checkpoint: it plans, packs and measures, and fits nothing."""
     profile = _row(session, profile_id)
-    spec = {"profile_id": profile.id, "budget": body.budget.model_dump(mode="json"), "form": body.form}
+    spec = {"profile_id": profile.id, **body.model_dump(mode="json", exclude={"metadata"})}
     return create_from_profile(
         session, profile_id=profile.id, spec=spec, labels=body.metadata, origin_id=profile.job_id
     )

@@ -6,24 +6,36 @@ from orthokv.errors import InvalidSetting
 from orthokv.methods.base import FittedBases, Method
 from orthokv.methods.eigen import Eigen
 from orthokv.methods.oblique import Oblique
+from orthokv.methods.palu import Palu
 from orthokv.methods.stiefel import Stiefel
 from orthokv.methods.weighted import Weighted
 
-METHODS: dict[str, type[Eigen] | type[Stiefel] | type[Weighted] | type[Oblique]] = {
+METHODS: dict[str, type[Eigen] | type[Palu] | type[Stiefel] | type[Weighted] | type[Oblique]] = {
     "eigen": Eigen,
     "stiefel": Stiefel,
     "weighted": Weighted,
     "oblique": Oblique,
+    "palu": Palu,
 }
 
-__all__ = ["METHODS", "Eigen", "FittedBases", "Method", "Oblique", "Stiefel", "Weighted", "make_method"]
+__all__ = [
+    "METHODS",
+    "Eigen",
+    "FittedBases",
+    "Method",
+    "Oblique",
+    "Palu",
+    "Stiefel",
+    "Weighted",
+    "make_method",
+]
 
 
 def make_method(name: str, **settings: object) -> Method:
     """A method by name, with those of ``settings`` that are not None.
 
     Raises:
-        InvalidSetting: unknown method, or a setting that it does not have.
+        InvalidSetting: unknown method, or a setting that it does not have, or that cannot be.
     """
     method = METHODS.get(name)
     if method is None:
@@ -32,4 +44,7 @@ def make_method(name: str, **settings: object) -> Method:
     unknown = given.keys() - method.__dataclass_fields__.keys()
     if unknown:
         raise InvalidSetting(f"method {name!r} has no setting {', '.join(sorted(unknown))}")
-    return method(**given)  # type: ignore[arg-type]
+    try:
+        return method(**given)  # type: ignore[arg-type]
+    except TypeError as error:  # a word where a number belongs
+        raise InvalidSetting(f"method {name!r}: {error}") from error

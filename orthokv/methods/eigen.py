@@ -22,8 +22,9 @@ class Eigen:
             paper's form: keys stacked with the queries that read them, so that both fit the basis.
 
     The singular vectors come from the second moment (float64), which gives the same vectors as an SVD of the tall
-    activation matrix with ``width^2`` numbers of memory. With ``sharing="tied"`` this is the released method; its rank rule
-    is :func:`orthokv.allocate.threshold_ranks`.
+    activation matrix with ``width^2`` numbers of memory. With ``sharing="tied"`` and ``"k"`` this is the released
+    method for Llama, with ``"head"`` and ``"kq"`` the paper's; its rank rule is
+    :func:`orthokv.allocate.threshold_ranks`. With ``"head"`` and ``"k"`` it is what the literature calls K-SVD.
     """
 
     name: ClassVar[str] = "eigen"

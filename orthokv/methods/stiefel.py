@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from orthokv.attention import Bases
-from orthokv.basis import RETRACTIONS, Basis, Sharing, orthonormal, tangent
+from orthokv.basis import RETRACTIONS, Basis, Sharing, orthonormal, qr, tangent
 from orthokv.capture import LayerView
 from orthokv.errors import InvalidSetting
 from orthokv.methods.base import FittedBases, descending_eigh, grouped_moment
@@ -18,6 +18,7 @@ from orthokv.methods.predictor import fit_predictor
 from orthokv.methods.weighted import whitened_layer
 
 Parameterisation = Literal["direct", "predictor"]
+Start = Literal["eigen", "weighted", "random"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Stiefel:
         steps: optimiser steps a layer (``direct``).
         epochs: largest number of passes over the blocks (``predictor``; the paper's 50).
         step_size: how far a column turns in a step at the start, in radians, about (``direct``).
-        start: where ``direct`` starts: the singular vectors (``"eigen"``) or the orthonormalised weighted closed form.
+        start: where ``direct`` starts: the singular vectors (``"eigen"``), the orthonormalised weighted closed form
+            (``"weighted"``), or, to see what a start is worth, anywhere (``"random"``).
         retraction: a key of :data:`orthokv.basis.RETRACTIONS`.
     """
 
@@ -41,7 +43,7 @@ class Stiefel:
     steps: int = 200
     epochs: int = 50
     step_size: float = 0.05
-    start: Literal["eigen", "weighted"] = "eigen"
+    start: Start = "eigen"
     retraction: str = "cholesky"
 
     def __post_init__(self) -> None:
@@ -54,8 +56,8 @@ class Stiefel:
             )
         if not self.step_size > 0:
             raise InvalidSetting(f"step_size must be above 0, not {self.step_size}")
-        if self.start not in ("eigen", "weighted"):
-            raise InvalidSetting(f"start must be 'eigen' or 'weighted', not {self.start!r}")
+        if self.start not in get_args(Start):
+            raise InvalidSetting(f"start must be one of {', '.join(get_args(Start))}, not {self.start!r}")
         if self.retraction not in RETRACTIONS:
             raise InvalidSetting(
                 f"retraction must be one of {', '.join(RETRACTIONS)}, not {self.retraction!r}"
@@ -66,7 +68,7 @@ class Stiefel:
             return fit_predictor(view, sharing, seed, epochs=self.epochs)
         geometry = view.geometry
         retract = RETRACTIONS[self.retraction]
-        points = [p.float().to(view.walk.device) for p in self._start(view, sharing)]
+        points = [p.float().to(view.walk.device) for p in self._start(view, sharing, seed)]
         optimisers = [Adam(p) for p in points]
 
         def basis(side: int, rank: int | None = None) -> Basis:
@@ -90,8 +92,12 @@ class Stiefel:
             point.copy_(order_tail(point, grouped_moment(view, sharing, name)))
         return FittedBases(basis(0).to("cpu"), basis(1).to("cpu"), {"loss": losses})
 
-    def _start(self, view: LayerView, sharing: Sharing) -> list[Tensor]:
+    def _start(self, view: LayerView, sharing: Sharing, seed: int) -> list[Tensor]:
+        moments = [grouped_moment(view, sharing, name) for name in ("key", "value")]
         if self.start == "eigen":
-            return [descending_eigh(grouped_moment(view, sharing, name))[1] for name in ("key", "value")]
+            return [descending_eigh(moment)[1] for moment in moments]
+        if self.start == "random":
+            generator = torch.Generator().manual_seed(seed)
+            return [qr(torch.randn(m.shape, dtype=m.dtype, generator=generator)) for m in moments]
         # QR keeps the spans of every prefix of the weighted encoder's columns, so the order of importance survives.
         return [torch.linalg.qr(side.root @ side.vectors)[0] for side in whitened_layer(view, sharing)]

@@ -5,6 +5,10 @@ head: the optimum is found in the whitened space ``y = k S_q^(1/2)``, where it i
 covariance form). For values the weighting is ``W_O W_O^T`` per KV head. The result is an oblique pair:
 ``E = M^(1/2) U``, ``D = M^(-1/2) U``.
 
+With ``sharing="head"`` this *is* KQ-SVD: ``K E D^T Q^T`` is the best approximation of ``K Q^T`` of its rank, and likewise for
+``V W_O``, up to the damping below. Where several query heads read one KV head, all of them count, stacked; KQ-SVD's released
+code averages their ``W_O`` instead. It works after RoPE (``key_mode="post"``).
+
 Where several heads share one basis for their keys (``tied``), moments and weightings are pooled over the heads before: an
 approximation, since the exact objective would keep each head's keys with its own queries.
 """

@@ -87,6 +87,7 @@ class TestCreate:
             ({"method": {"type": "magic"}}, "/method/type"),
             ({"method": {"rank": 3}}, "/method/rank"),
             ({"form": "zip"}, "/form"),
+            ({"rank_multiple": 0}, "/rank_multiple"),
             ({"seed": -1}, "/seed"),
             ({"surprise": 1}, "/surprise"),
             ({"model": {"id": ""}}, "/model/id"),

@@ -100,7 +100,7 @@ def test_dataset_files_are_uploaded_and_mixed(server: Server, script: Script, tm
     done = orthokv(
         server,
         *("submit", "--model", "org/model", "--dataset", str(text), "--field", "body"),
-        *("--dataset", str(more), "--dataset", "self"),
+        *("--dataset", str(more), "--dataset", "self", "--rank-multiple", "16"),
         *("--layer-error", "0.1", "--form", "full", "--refine-steps", "3", "--wait"),
     )
     assert done.exit_code == 0, done.output
@@ -109,7 +109,7 @@ def test_dataset_files_are_uploaded_and_mixed(server: Server, script: Script, tm
     assert (first["format"], first["field"]) == ("jsonl", "body")
     assert (second["format"], Path(second["source"]).name) == ("text", "dataset-1.text")
     assert third["source"] == "self"
-    assert request["settings"]["refine_steps"] == 3
+    assert (request["settings"]["refine_steps"], request["rank_multiple"]) == (3, 16)
     assert (request["budget"], request["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
 
 

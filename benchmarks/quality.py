@@ -1,0 +1,212 @@
+"""Every method at every size on several texts: ``python -m benchmarks.quality --help``.
+
+One row a method, key mode, seed, rank rule, share of bytes and text. The file is written after each row and a broken run
+goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from benchmarks.bench import (
+    CALIBRATION,
+    MODEL,
+    RESULTS,
+    TEXTS,
+    Bench,
+    Results,
+    named_files,
+    need_shared,
+    rows_of,
+    shares,
+)
+from orthokv.allocate import Allocation, allocate
+from orthokv.basis import KEY_MODES, KeyMode
+from orthokv.budget import Budget
+from orthokv.compare import MethodChoice, measure_plan
+from orthokv.dataset import Blocks
+from orthokv.errors import BudgetUnreachable, UnsupportedModel
+from orthokv.methods import METHODS
+from orthokv.pipeline import FitSettings
+from orthokv.plots import plot_comparison
+from orthokv.results import ComparisonRow, summarise
+from orthokv.tables import details_markdown, ratios_markdown
+
+KEPT = "0.75,0.5,0.375,0.25,0.125"
+# Under their published names: see docs/results.md. Quick ones first.
+METHOD_LIST = (
+    "eigen:tied",
+    "eigen:head:statistics=kq",
+    "eigen:head",
+    "weighted:head",
+    "palu:joint",
+    "palu:joint:whitened=false",
+    "eigen:joint",
+    "weighted:joint",
+    "stiefel:joint",
+    "oblique:joint",
+    "stiefel:tied",
+    "stiefel:head",
+    "stiefel:tied:predictor",
+)
+# Besides the knapsack: each paper's own rule, and for one method every rule that plans for bytes.
+RULES: dict[str, tuple[Allocation, ...]] = {
+    "eigen:tied": ("threshold",),
+    "stiefel:tied:predictor": ("pareto",),
+    "stiefel:joint": ("greedy", "uniform", "pareto"),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("model", nargs="?", default=str(MODEL))
+    parser.add_argument(
+        "--calibration", default=",".join(CALIBRATION), help="files, or self, separated by commas: mixed"
+    )
+    parser.add_argument(
+        "--eval", action="append", metavar="NAME=FILE", help="a text to evaluate on; may be repeated"
+    )
+    parser.add_argument("--methods", default=",".join(METHOD_LIST))
+    parser.add_argument("--key-modes", default=",".join(KEY_MODES))
+    parser.add_argument("--kept", default=KEPT)
+    parser.add_argument("--seeds", default="0,1,2", help="of learned methods; the others have one fit")
+    parser.add_argument(
+        "--allocations", help="rules for all methods, instead of the knapsack and each paper's own"
+    )
+    parser.add_argument("--steps", type=int, help="optimiser steps a layer of the learned methods")
+    parser.add_argument("--epochs", type=int, help="passes over the blocks of the predictor")
+    parser.add_argument("--num-samples", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--eval-samples", type=int, default=32)
+    parser.add_argument("--profile-samples", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", help="of the model, e.g. bfloat16; by default its own, float32 on a CPU")
+    parser.add_argument("--out", type=Path, help="JSON; by default benchmarks/results/quality-MODEL.json")
+    parser.add_argument(
+        "--profiles", type=Path, help="a folder that keeps every fit, so that a broken run need not repeat it"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    given = arguments()
+    texts = named_files(given.eval) if given.eval else TEXTS
+    parts = given.calibration.split(",")
+    need_shared(given.model, *parts, *texts.values())
+    choices = {text: MethodChoice.parse(text) for text in given.methods.split(",")}
+    settings = FitSettings(
+        num_samples=given.num_samples,
+        sequence_length=given.sequence_length,
+        profile_samples=given.profile_samples,
+        steps=given.steps,
+        epochs=given.epochs,
+    )
+    bench = Bench.load(given.model, given.device, given.dtype)
+    out: Path = given.out or RESULTS / f"quality-{bench.name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    blocks = bench.calibration(parts, settings, keep=out.with_suffix(".calibration.safetensors"))
+    evaluation = {
+        name: bench.evaluation(path, given.eval_samples, given.sequence_length)
+        for name, path in texts.items()
+    }
+    results = Results.open(
+        out,
+        {
+            "model": bench.name,
+            "dtype": str(bench.model.dtype).removeprefix("torch."),
+            "calibration": {
+                "source": " + ".join(Path(part).name for part in parts),
+                "digest": blocks.digest,
+                "num_samples": len(blocks),
+                "sequence_length": given.sequence_length,
+            },
+            "steps": given.steps,
+            "epochs": given.epochs,
+            "profile_samples": given.profile_samples,
+            "texts": {name: {"blocks": len(b), "digest": b.digest} for name, b in evaluation.items()},
+        },
+    )
+    run = Run(bench, results, settings, blocks, evaluation, shares(given.kept), given.profiles)
+    for text, choice in choices.items():
+        rules = given.allocations.split(",") if given.allocations else ["knapsack", *RULES.get(text, ())]
+        for mode in given.key_modes.split(","):
+            for seed in map(int, given.seeds.split(",") if METHODS[choice.method].learned else "0"):
+                run.measure(choice, cast(KeyMode, mode), seed, cast("list[Allocation]", rules))
+    show(results)
+
+
+@dataclass
+class Run:
+    """What all measurements of one call share."""
+
+    bench: Bench
+    results: Results
+    settings: FitSettings
+    blocks: Blocks
+    evaluation: dict[str, Blocks]
+    kept: list[float]
+    profiles: Path | None
+
+    def measure(self, choice: MethodChoice, mode: KeyMode, seed: int, rules: list[Allocation]) -> None:
+        """One fit, and all its rows that the file does not have yet."""
+        fit = {"method": str(choice), "sharing": choice.sharing, "key_mode": mode}
+        todo = [
+            (rule, share, text)
+            for rule in rules
+            for share in self.kept
+            for text in self.evaluation
+            if not self.results.has(**fit, seed=seed, allocation=rule, kept_asked=share, text=text)
+        ]
+        if not todo:
+            return
+        name = f"{choice}-{choice.sharing}-{mode}-{seed}".replace(" ", "")
+        folder = None if self.profiles is None else self.profiles / name
+        settings = replace(self.settings, key_mode=mode, seed=seed)
+        try:
+            profile, seconds = self.bench.profile(self.blocks, choice, settings, folder)
+        except UnsupportedModel as error:
+            self.results.refuse(str(error), **fit)
+            return
+        for rule, share, text in todo:
+            what = {**fit, "seed": seed, "allocation": rule, "kept_asked": share}
+            if self.results.has(**what, text=text):  # refused for an earlier text
+                continue
+            try:
+                plan = allocate(profile, Budget("kept", share), rule)
+            except BudgetUnreachable as error:
+                self.results.refuse(str(error), **what)
+                continue
+            blocks = self.evaluation[text]
+            self.results.add(
+                measure_plan(self.bench.model, profile, plan, blocks, choice, seconds=seconds, text=text)
+            )
+
+
+def show(results: Results) -> None:
+    """Tables of every text on standard output, and a plot of the first beside the JSON."""
+    every = rows_of(results.rows)
+    for n, text in enumerate(results.header["texts"]):
+        rows = [row for row in every if row.text == text]
+        if not rows:
+            continue
+        print(f"\n{results.header['model']} on {text}: perplexity over that of the uncompressed model\n")
+        print(ratios_markdown(rows))
+        print(details_markdown(rows))
+        if n == 0:
+            plot_quality(rows, results.path.with_suffix(".png"))
+
+
+def plot_quality(rows: list[ComparisonRow], path: Path) -> None:
+    """One text, ranks by the knapsack, means over seeds; keys before RoPE where there are any, so that lines stay few."""
+    modes = {row.key_mode for row in rows}
+    mode = "pre" if "pre" in modes else "post"
+    shown = [row for row in rows if row.allocation == "knapsack" and row.key_mode == mode]
+    if shown:
+        plot_comparison([summary.row for summary in summarise(shown)], path)
+
+
+if __name__ == "__main__":
+    main()
