@@ -375,7 +375,7 @@ def plan_ranks(
 def allocate_for_perplexity(
     profile: ErrorProfile, budget: Budget, increase: Callable[[Plan], float], grid: RankGrid = FREE
 ) -> tuple[Plan, float]:
-    """The smallest cache whose measured perplexity increase stays within the budget, and that increase.
+    """The smallest cache whose perplexity increase, as ``increase`` has it, stays within the budget, and that increase.
 
     ``increase`` evaluates a plan on held-out text. Bisection over the share of bytes kept: the knapsack's damage falls with
     every byte, so the increase does too, up to the noise of the measurement.

@@ -219,47 +219,54 @@ class LayerWalk:
 
 
 @torch.no_grad()
-def run_and_measure(walk: LayerWalk, seam: Seam, layer: int) -> LayerMoments:
-    """Run one layer uncompressed and collect its moments on the way."""
-    geometry = seam.geometry
-    collector = _Collector(geometry)
+def run_and_measure(walk: LayerWalk, seam: Seam, layer: int, blocks: int) -> LayerMoments:
+    """Run one layer uncompressed and collect its moments over the first ``blocks`` blocks on the way."""
+    collector = _Collector(seam.geometry, walk.device)
     seam.observe(layer, collector)
     try:
-        walk.run(layer)
+        walk.through(layer, walk.inputs[:blocks], walk.outputs[:blocks])
     finally:
         seam.observe(layer, None)
+    if blocks < len(walk.inputs):
+        walk.through(layer, walk.inputs[blocks:], walk.outputs[blocks:])
     return collector.moments()
 
 
 class _Collector:
-    """Sums outer products in float64, batch by batch."""
+    """Sums outer products in float64, batch by batch, on the model's device."""
 
-    def __init__(self, geometry: AttentionGeometry) -> None:
+    def __init__(self, geometry: AttentionGeometry, device: torch.device) -> None:
         width, heads, head_dim = geometry.kv_width, geometry.kv_heads, geometry.head_dim
         self.tokens = 0
-        self.sums = {name: torch.zeros(width, width, dtype=torch.float64) for name in ("key", "value")}
-        self.query = torch.zeros(heads, head_dim, head_dim, dtype=torch.float64)
-        self.means = {name: torch.zeros(width, dtype=torch.float64) for name in ("key", "value")}
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.sums = {name: zeros(width, width) for name in ("key", "value")}
+        self.query = zeros(heads, head_dim, head_dim)
+        self.means = {name: zeros(width) for name in ("key", "value")}
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         batch, heads, tokens, head_dim = key.shape
         self.tokens += batch * tokens
         for name, x in (("key", key), ("value", value)):
             rows = x.transpose(1, 2).reshape(batch * tokens, heads * head_dim).double()
-            self.sums[name] += (rows.T @ rows).cpu()
-            self.means[name] += rows.sum(0).cpu()
+            self.sums[name] += rows.T @ rows
+            self.means[name] += rows.sum(0)
         rows = query.transpose(0, 1).reshape(heads, -1, head_dim).double()
-        self.query += (rows.transpose(1, 2) @ rows).cpu()
+        self.query += rows.transpose(1, 2) @ rows
 
     def moments(self) -> LayerMoments:
-        n = max(self.tokens, 1)
+        def mean(total: Tensor) -> Tensor:
+            return (total / max(self.tokens, 1)).cpu()
+
         return LayerMoments(
             tokens=self.tokens,
-            key=self.sums["key"] / n,
-            value=self.sums["value"] / n,
-            query=self.query / n,
-            key_mean=self.means["key"] / n,
-            value_mean=self.means["value"] / n,
+            key=mean(self.sums["key"]),
+            value=mean(self.sums["value"]),
+            query=mean(self.query),
+            key_mean=mean(self.means["key"]),
+            value_mean=mean(self.means["value"]),
         )
 
 
@@ -273,20 +280,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class LayerTask:
-    """One layer that has run on the calibration blocks: what a basis costs there."""
+    """One layer that has run on the blocks of a walk: what a basis costs there.
+
+    The first ``blocks`` of them are for fitting and for the error surface; those behind are held out.
+    """
 
     index: int
     walk: LayerWalk
     seam: Seam
+    blocks: int
 
     @property
     def geometry(self) -> AttentionGeometry:
         return self.seam.geometry
-
-    @property
-    def blocks(self) -> int:
-        """Calibration blocks available to :meth:`loss` and :meth:`compare`."""
-        return len(self.walk.inputs)
 
     def loss(self, bases: LayerBases, blocks: list[int]) -> Tensor:
         """Squared relative error of the layer's output over some blocks, ``||Z - Z~||^2 / ||Z||^2`` (paper section 2)."""
@@ -333,10 +339,11 @@ class LayerView(LayerTask):
     output_weight: Tensor
 
 
-def view_layer(walk: LayerWalk, seam: Seam, layer: int) -> LayerView:
-    """Run a layer and return everything that fitting it needs."""
-    moments = run_and_measure(walk, seam, layer)
+def view_layer(walk: LayerWalk, seam: Seam, layer: int, blocks: int | None = None) -> LayerView:
+    """Run a layer and return everything that fitting it on the first ``blocks`` blocks needs (None: on all)."""
+    blocks = len(walk.inputs) if blocks is None else blocks
+    moments = run_and_measure(walk, seam, layer, blocks)
     architecture = architecture_of(seam.model.config)
     output = seam.modules[layer].get_submodule(architecture.output)
     weight = cast(Tensor, output.weight).detach().double().cpu()
-    return LayerView(layer, walk, seam, moments, weight)
+    return LayerView(layer, walk, seam, blocks, moments, weight)

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
@@ -181,7 +182,8 @@ def compress(
                 "checkpoint": str(out),
                 "measured": made.measured,
                 "plan": made.plan.to_dict(),
-                "reached": made.reached,
+                "reached": None if made.reached is None else asdict(made.reached),
+                "warnings": made.profile.warnings,
                 "peak_memory_bytes": peak_bytes(),
                 "peak_device_bytes": peak_device_bytes(),
             }
@@ -190,6 +192,8 @@ def compress(
     from orthokv.tables import plan_table
 
     out_console.print(plan_table(made.plan, made.profile))
+    for warning in made.profile.warnings:
+        err_console.print(f"orthokv: {warning}", soft_wrap=True, highlight=False)
     _print_quality(made.measured)
     out_console.print(f"checkpoint: {out}", soft_wrap=True)
     on_device = f", {peak_device_bytes() / GIB:.1f} GiB on the device" if peak_device_bytes() else ""

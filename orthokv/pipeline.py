@@ -35,7 +35,7 @@ from orthokv.evaluate import (
 from orthokv.fingerprint import weight_fingerprints
 from orthokv.geometry import AttentionGeometry, check_key_mode
 from orthokv.methods import make_method
-from orthokv.profile import ErrorProfile, LayerProfile, measure_layer
+from orthokv.profile import ErrorProfile, LayerProfile, measure_layer, spread_blocks
 from orthokv.progress import Reporter, Step, counter, silent
 from orthokv.rankgrid import FREE, RankGrid
 from orthokv.refine import CHECK_BLOCKS, Refinement, refine
@@ -219,13 +219,14 @@ def fit_layers(
             f"propagate needs all layers before a layer to be fitted in the same run; layers {wanted} leave some out"
         )
     method = settings.make_method()
-    fitting, _ = blocks.split(settings.holdout)
+    fitting, held_out = blocks.split(settings.holdout)
     report(Step("fitting", 0, len(wanted), "layers"))
     with Seam(model, settings.key_mode) as seam:
-        walk = LayerWalk(model, fitting.tokens, settings.batch_size)
+        # Held-out blocks go along, behind the others, so that errors can be measured on them too.
+        walk = LayerWalk(model, torch.cat([fitting.tokens, held_out.tokens]), settings.batch_size)
         for index in range(wanted[-1] + 1 if wanted else 0):
             if index in wanted:
-                view = view_layer(walk, seam, index)
+                view = view_layer(walk, seam, index, len(fitting))
                 # The seed of a layer is its own, so that a resumed fit continues exactly as an unbroken one.
                 fitted = method.fit(view, settings.sharing, settings.seed * 100_003 + index).contiguous()
                 yield measure_layer(view, fitted, settings.profile_samples)
@@ -287,7 +288,7 @@ def build_profile(
         return profile
     checks = [held_out, *_second_domain(model, settings)]
     refined, _ = refine(model, profile, fitting, checks, refinement, settings.seed, report)
-    measured = measure_errors(model, refined, fitting, settings, report)
+    measured = measure_errors(model, refined, blocks, settings, report)
     measured = replace(measured, method={**profile.method, "refine_steps": refinement.steps})
     return measured.with_sensitivities(sensitivities(model, measured, held_out, report))
 
@@ -319,18 +320,21 @@ def _second_domain(model: PreTrainedModel, settings: FitSettings) -> list[Blocks
 def measure_errors(
     model: PreTrainedModel,
     profile: ErrorProfile,
-    fitting: Blocks,
+    blocks: Blocks,
     settings: FitSettings,
     report: Reporter = silent,
 ) -> ErrorProfile:
-    """The profile with the error surface of every layer measured anew, on the blocks that it was fitted on."""
+    """The profile with the errors of every layer measured anew, on the same blocks as after the fit."""
     layers: list[LayerProfile] = []
+    fitting, held_out = blocks.split(settings.holdout)
+    chosen = fitting.take(spread_blocks(len(fitting), settings.profile_samples))
+    tokens = torch.cat([chosen.tokens, held_out.tokens])
     with Seam(model, profile.key_mode) as seam:
-        chosen = fitting.take(evenly(len(fitting), settings.profile_samples))
-        walk = LayerWalk(model, chosen.tokens, settings.batch_size)
+        walk = LayerWalk(model, tokens, settings.batch_size)
         for layer in profile.layers:
             walk.run(layer.index)
-            layers.append(measure_layer(LayerTask(layer.index, walk, seam), layer, settings.profile_samples))
+            task = LayerTask(layer.index, walk, seam, len(chosen))
+            layers.append(measure_layer(task, layer, settings.profile_samples))
             walk.advance()
             report(Step("measuring", layer.index + 1, len(profile.layers), "layers"))
     return replace(profile, layers=tuple(layers))
@@ -383,6 +387,14 @@ def planned_bases(
     return [_on(model, layer.bases(*ranks), codec) for layer, ranks in pairs]
 
 
+@dataclass(frozen=True)
+class Reached:
+    """Relative increase of perplexity on the held-out blocks, and its 95 % upper bound for other text of their kind."""
+
+    increase: float
+    bound: float
+
+
 def make_plan(
     profile: ErrorProfile,
     budget: Budget,
@@ -392,8 +404,11 @@ def make_plan(
     model: PreTrainedModel | None = None,
     held_out: Blocks | None = None,
     report: Reporter = silent,
-) -> tuple[Plan, float | None]:
-    """Ranks for a budget, and the perplexity increase reached where the budget is one.
+) -> tuple[Plan, Reached | None]:
+    """Ranks for a budget, and what was reached where the budget is a perplexity increase.
+
+    Such a budget is a promise about text that nobody has seen yet: it is the upper bound of the increase that must stay within
+    it, not the increase on the held-out blocks, half of which would break the promise.
 
     Raises:
         BudgetUnreachable: see :func:`orthokv.allocate.allocate`.
@@ -405,16 +420,17 @@ def make_plan(
         raise InvalidSetting(
             "a perplexity_increase budget needs the model and held-out text to be checked on"
         )
-    tried = 0
+    tried: dict[tuple[tuple[int, int], ...], Reached] = {}
     with Seam(model, profile.key_mode) as seam:
 
-        def increase(plan: Plan) -> float:
-            nonlocal tried
-            tried += 1
-            report(Step("planning", tried, max(tried, 9), "plans"))
-            return quality(seam, planned_bases(model, profile, plan), held_out).increase
+        def bound(plan: Plan) -> float:
+            found = quality(seam, planned_bases(model, profile, plan), held_out)
+            tried[plan.ranks] = Reached(found.increase, found.increase_bound)
+            report(Step("planning", len(tried), max(len(tried), 9), "plans"))
+            return found.increase_bound
 
-        return allocate_for_perplexity(profile, budget, increase, grid)
+        plan, _ = allocate_for_perplexity(profile, budget, bound, grid)
+    return plan, tried[plan.ranks]
 
 
 def evaluate_checkpoint(
@@ -489,7 +505,7 @@ class Compressed:
     profile: ErrorProfile
     plan: Plan
     measured: dict[str, Any]
-    reached: float | None
+    reached: Reached | None
 
 
 def compress(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import statistics
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,34 @@ from orthokv.methods.base import FittedBases
 PROFILE_VERSION = 1
 PROFILE_JSON, PROFILE_TENSORS = "profile.json", "profile.safetensors"
 
+# The error of this many sequences is measured one by one, with this share of the widths.
+SPREAD_BLOCKS, SPREAD_SHARE = 8, 0.25
+# Above this ratio of the error on held-out text to that on fitted text there was too little of the latter.
+LARGEST_GAP = 1.15
 # Where a layer's error is measured, as shares of the width; all are multiples of 1/32, the step of the allocator.
 CANDIDATE_SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1.0)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a layer's error varies over sequences, at one pair of ranks: on text that was fitted on, and on held-out text.
+
+    ``fitting`` and ``held_out`` hold one error a sequence.
+    """
+
+    rank_key: int
+    rank_value: int
+    fitting: tuple[float, ...]
+    held_out: tuple[float, ...]
+
+    @property
+    def gap(self) -> float:
+        """Mean error on held-out text over that on the fitted text: far above 1 where there was too little of it."""
+        return statistics.fmean(self.held_out) / max(statistics.fmean(self.fitting), 1e-12)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Spread:
+        return cls(data["rank_key"], data["rank_value"], tuple(data["fitting"]), tuple(data["held_out"]))
 
 
 @dataclass(frozen=True)
@@ -41,6 +68,7 @@ class LayerProfile:
         sensitivity: mean KL divergence of the model's next-token distribution per squared error of this layer, measured with
             only this layer compressed; None until :func:`orthokv.pipeline.sensitivities` has measured it.
         spectrum_key, spectrum_value: singular values ``[groups, width]`` where the method has them.
+        spread: how the error varies over sequences; None where nothing was held out.
     """
 
     index: int
@@ -53,6 +81,7 @@ class LayerProfile:
     sensitivity: float | None = None
     spectrum_key: Tensor | None = None
     spectrum_value: Tensor | None = None
+    spread: Spread | None = None
 
     def bases(self, rank_key: int, rank_value: int) -> Bases:
         return Bases(self.key.truncate(rank_key), self.value.truncate(rank_value))
@@ -80,6 +109,7 @@ class LayerProfile:
             "error": self.error.tolist(),
             "cosine": self.cosine.tolist(),
             "sensitivity": self.sensitivity,
+            "spread": None if self.spread is None else asdict(self.spread),
         }
 
     @classmethod
@@ -107,6 +137,7 @@ class LayerProfile:
             sensitivity=data["sensitivity"],
             spectrum_key=tensors.get(prefix + "key.spectrum"),
             spectrum_value=tensors.get(prefix + "value.spectrum"),
+            spread=None if data.get("spread") is None else Spread.from_dict(data["spread"]),
         )
 
     def save(self, path: Path, geometry: AttentionGeometry) -> None:
@@ -212,6 +243,17 @@ class ErrorProfile:
             raise InvalidCheckpoint(f"the profile has {len(layers)} layers, its model {geometry.layers}")
         return profile
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of this profile should know, in sentences."""
+        gaps = [layer.spread.gap for layer in self.layers if layer.spread is not None]
+        if not gaps or (gap := statistics.median(gaps)) <= LARGEST_GAP:
+            return []
+        return [
+            f"too little calibration text: layer errors are {gap:.2f} times as large on held-out text as on the "
+            f"{self.dataset['num_samples'] - self.dataset['held_out']} samples that were fitted on; give more samples"
+        ]
+
     def with_sensitivities(self, sensitivities: list[float]) -> ErrorProfile:
         layers = tuple(
             replace(layer, sensitivity=s) for layer, s in zip(self.layers, sensitivities, strict=True)
@@ -226,13 +268,17 @@ def candidate_ranks(width: int) -> tuple[int, ...]:
 
 @torch.no_grad()
 def measure_layer(task: LayerTask, fitted: FittedBases | LayerProfile, samples: int) -> LayerProfile:
-    """Measure a layer's error at every pair of candidate ranks, on ``samples`` evenly chosen calibration blocks."""
+    """Measure a layer's error at every pair of candidate ranks, on ``samples`` evenly chosen calibration blocks.
+
+    At one pair, a quarter of both widths, it is also measured sequence by sequence, on held-out ones too.
+    """
     ranks_key, ranks_value = candidate_ranks(fitted.key.width), candidate_ranks(fitted.value.width)
     shape = (len(ranks_key), len(ranks_value))
     error, cosine = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
     device = task.walk.device
     key, value = fitted.key.to(device), fitted.value.to(device)
-    blocks = evenly(task.blocks, samples)
+    several = spread_blocks(task.blocks, samples)
+    blocks = [several[i] for i in evenly(len(several), samples)]
     for i, rank_key in enumerate(ranks_key):
         for j, rank_value in enumerate(ranks_value):
             if rank_key == key.rank and rank_value == value.rank and key.orthonormal and value.orthonormal:
@@ -250,7 +296,23 @@ def measure_layer(task: LayerTask, fitted: FittedBases | LayerProfile, samples: 
         cosine=cosine,
         spectrum_key=fitted.spectrum_key,
         spectrum_value=fitted.spectrum_value,
+        spread=_spread(task, key, value, several),
     )
+
+
+def spread_blocks(count: int, samples: int) -> list[int]:
+    """Which of ``count`` fitted blocks are looked at one by one; the error surface is measured on ``samples`` of these."""
+    return evenly(count, max(samples, SPREAD_BLOCKS))
+
+
+def _spread(task: LayerTask, key: Basis, value: Basis, fitting: list[int]) -> Spread | None:
+    held_out = [task.blocks + i for i in evenly(len(task.walk.inputs) - task.blocks, SPREAD_BLOCKS)]
+    if not held_out:
+        return None
+    ranks = (max(1, round(SPREAD_SHARE * key.width)), max(1, round(SPREAD_SHARE * value.width)))
+    bases = Bases(key.truncate(ranks[0]), value.truncate(ranks[1]))
+    errors = [tuple(task.compare(bases, [block]).error for block in blocks) for blocks in (fitting, held_out)]
+    return Spread(*ranks, *errors)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -215,6 +216,7 @@ def profile(job: Job) -> dict[str, Any]:
         "method": built.method,
         "dataset": built.dataset,
         "sensitivity": [layer.sensitivity for layer in built.layers],
+        "warnings": built.warnings,
     }
     return {"summary": summary}
 
@@ -234,7 +236,7 @@ def package(job: Job) -> dict[str, Any]:
     write_checkpoint(found, plan, out, form=form, base=source)
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         job.wire.file(path, name=path.relative_to(out).as_posix())
-    return {"plan": {**plan.to_dict(), "reached": reached}}
+    return {"plan": {**plan.to_dict(), "reached": None if reached is None else asdict(reached)}}
 
 
 def evaluate(job: Job) -> dict[str, Any]:

@@ -99,8 +99,8 @@ def _input_moment(view: LayerView) -> Tensor:
 
     handle = projection.register_forward_pre_hook(observe)
     try:
-        for start in range(0, view.blocks, view.walk.batch_size):
-            view.walk.forward(view.index, view.walk.inputs[start : start + view.walk.batch_size])
+        for batch in view.walk.batches(view.blocks):
+            view.walk.forward(view.index, view.walk.inputs[batch])
     finally:
         handle.remove()
     return total / view.moments.tokens
