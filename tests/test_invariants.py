@@ -129,7 +129,7 @@ def positions(mask: Tensor) -> Tensor:
 def run(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> Any:
     generate: Any = model.generate
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
-    return generate(ids, attention_mask=mask, **settings, **options)
+    return generate(ids, attention_mask=mask, **{**settings, **options})
 
 
 @torch.no_grad()
@@ -219,12 +219,39 @@ def test_a_cache_can_be_copied_and_reused(low: PreTrainedModel, batch: tuple[Ten
         assert close(found, expected)
 
 
+def test_rows_of_a_cache_can_change_places(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
+    ids, mask = batch
+    order = torch.tensor([2, 0])
+    expected = logits(low, ids, mask, use_cache=False)[order, 14:]
+    for change in ("reorder_cache", "batch_select_indices"):
+        cache = DynamicCache(config=low.config)
+        options = {"past_key_values": cache, "use_cache": True}
+        with torch.no_grad():
+            low(ids[:, :14], attention_mask=mask[:, :14], position_ids=positions(mask)[:, :14], **options)
+            getattr(cache, change)(order)
+            rest = {"attention_mask": mask[order], "position_ids": positions(mask)[order, 14:], **options}
+            found = low(ids[order, 14:], **rest).logits
+        assert close(found, expected)
+
+
 def test_speculation_changes_nothing(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
     """Prompt look-up proposes several tokens and takes the wrong ones out of the cache again."""
     ids = batch[0][2:, :8].repeat(1, 2)
     plain = run(low, ids, torch.ones_like(ids))
     speculative = run(low, ids, torch.ones_like(ids), prompt_lookup_num_tokens=4)
     assert torch.equal(speculative.sequences, plain.sequences)
+
+
+def test_tokens_can_be_taken_back(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
+    """Also out of a window that was full when the cache learned that this would happen."""
+    ids = batch[0][2:]
+    cache: Any = DynamicCache(config=low.config)
+    logits(low, ids[:, :14], past_key_values=cache, use_cache=True)
+    cache.activate_past_recording()
+    logits(low, ids[:, :3], past_key_values=cache, use_cache=True)
+    cache.crop(-3)
+    found = logits(low, ids[:, 14:], past_key_values=cache, use_cache=True)
+    assert close(found, logits(low, ids, use_cache=False)[:, 14:])
 
 
 def test_static_cache_equals_dynamic(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
@@ -239,10 +266,10 @@ def test_live_cache_bytes_equal_declared_bytes(case: Case, batch: tuple[Tensor, 
         for checkpoint in (case.low, case.full):
             orthokv.attach(case.model, checkpoint, codec=codec)
             try:
-                cache = run(case.model, ids, mask).past_key_values
+                cache = run(case.model, ids, mask, max_new_tokens=3).past_key_values
             finally:
                 orthokv.detach(case.model)
-            tokens = ids.shape[1] + NEW_TOKENS - 1  # the last token made is not cached
+            tokens = ids.shape[1] + 2  # the last token made is not cached
             declared = checkpoint.declared_bytes(sequences=3, tokens=tokens, number_bytes=number_bytes)
             assert orthokv.cache_bytes(cache) == declared
             if checkpoint.geometry.windows is None and number_bytes == 2:
