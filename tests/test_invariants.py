@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import orthokv
 from orthokv.allocate import LATENT_BYTES, Plan, position_bytes
@@ -222,16 +222,35 @@ def test_a_cache_can_be_copied_and_reused(low: PreTrainedModel, batch: tuple[Ten
 def test_rows_of_a_cache_can_change_places(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
     ids, mask = batch
     order = torch.tensor([2, 0])
-    expected = logits(low, ids, mask, use_cache=False)[order, 14:]
-    for change in ("reorder_cache", "batch_select_indices"):
+    for change, argument, rows in (
+        ("reorder_cache", order, order),
+        ("batch_select_indices", order, order),
+        ("batch_repeat_interleave", 2, torch.tensor([0, 0, 1, 1, 2, 2])),
+    ):
         cache = DynamicCache(config=low.config)
         options = {"past_key_values": cache, "use_cache": True}
         with torch.no_grad():
             low(ids[:, :14], attention_mask=mask[:, :14], position_ids=positions(mask)[:, :14], **options)
-            getattr(cache, change)(order)
-            rest = {"attention_mask": mask[order], "position_ids": positions(mask)[order, 14:], **options}
-            found = low(ids[order, 14:], **rest).logits
-        assert close(found, expected)
+            getattr(cache, change)(argument)
+            rest = {"attention_mask": mask[rows], "position_ids": positions(mask)[rows, 14:], **options}
+            found = low(ids[rows, 14:], **rest).logits
+        assert close(found, logits(low, ids, mask, use_cache=False)[rows, 14:])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_can_be_emptied_and_filled_again(
+    kind: str, low: PreTrainedModel, batch: tuple[Tensor, Tensor]
+) -> None:
+    ids = batch[0][2:]
+    cache: Any = (
+        DynamicCache(config=low.config)
+        if kind == "dynamic"
+        else StaticCache(config=low.config, max_cache_len=20)
+    )
+    logits(low, ids.flip(1), past_key_values=cache, use_cache=True)
+    cache.reset()
+    found = [logits(low, part, past_key_values=cache, use_cache=True) for part in ids.split([14, 3], dim=1)]
+    assert close(torch.cat(found, dim=1), logits(low, ids, use_cache=False))
 
 
 def test_speculation_changes_nothing(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
