@@ -27,11 +27,7 @@ from orthokv.geometry import STATIC_ROPE, AttentionGeometry, rope_types
 from orthokv.pipeline import FitSettings, build_profile, compress, fit_layers, prepare_blocks
 from orthokv.profile import ErrorProfile, LayerProfile
 from orthokv.source import ModelSource, load_model, resolve_model
-from tests.tiny import ARCHITECTURES, VARIANTS, tiny_config, tiny_folder, tiny_text
-
-# Bases for each head, beside those that heads share, once for each kind of attention: plain, with q and k norms, windows and
-# two rotary tables, without rotary embedding, sinks, layers without positions, a forward of our own.
-EVERY_SHARING = {"llama", "gemma3_text", "opt", "gpt_oss", "smollm3", "mpt"}
+from tests.tiny import ARCHITECTURES, FAMILIES, VARIANTS, tiny_config, tiny_folder, tiny_text
 
 
 def key_modes(name: str) -> list[KeyMode]:
@@ -43,7 +39,7 @@ def key_modes(name: str) -> list[KeyMode]:
 def sharings(name: str) -> tuple[Sharing, ...]:
     if name not in ARCHITECTURES:
         return ("joint",)
-    return SHARINGS if name in EVERY_SHARING else ("tied", "joint")
+    return SHARINGS if name in FAMILIES else ("tied", "joint")
 
 
 CASES = [(name, mode, sharing) for name in VARIANTS for mode in key_modes(name) for sharing in sharings(name)]
@@ -129,7 +125,7 @@ def positions(mask: Tensor) -> Tensor:
 def run(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> Any:
     generate: Any = model.generate
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
-    return generate(ids, attention_mask=mask, **{**settings, **options})
+    return generate(ids, attention_mask=mask, use_cache=True, **{**settings, **options})
 
 
 @torch.no_grad()
