@@ -368,7 +368,7 @@ def test_a_learned_fit_goes_from_text_to_a_measured_checkpoint(name: str, tmp_pa
     text = tmp_path / "text.txt"
     text.write_text(tiny_text(8 * 24))
     settings = FitSettings(
-        "stiefel", "tied", key_modes(name)[0], num_samples=8, sequence_length=24, profile_samples=4, steps=12
+        "stiefel", "tied", key_modes(name)[0], num_samples=8, sequence_length=24, profile_samples=8, steps=20
     )
     found = compress(source, TextSource(str(text)), Budget("kept", 0.5), tmp_path / "out", settings)
     blocks = prepare_blocks(source, TextSource(str(text)), settings)
