@@ -275,5 +275,6 @@ def _decode(model: PreTrainedModel, prompt: Tensor, new_tokens: int) -> None:
         min_new_tokens=new_tokens,
         max_new_tokens=new_tokens,
         do_sample=False,
+        use_cache=True,
         pad_token_id=0,
     )

@@ -67,6 +67,7 @@ def generate(
             past_key_values=cache,
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            use_cache=True,  # some released configurations (MPT) switch it off
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         )
     finally:

@@ -41,7 +41,8 @@ def mpt_attention(
     # The bias counts back from the last key. What it adds to all keys alike, the softmax takes away again.
     bias = position_bias[:, :, -key.shape[-2] :].unsqueeze(0).to(query.dtype)
     if attention_mask is not None:
-        bias = bias.masked_fill(attention_mask, torch.finfo(query.dtype).min)
+        # Half of the smallest number: scores are added to it, and a row of padding must not end as infinities.
+        bias = bias.masked_fill(attention_mask, torch.finfo(query.dtype).min / 2)
     attention = ALL_ATTENTION_FUNCTIONS[SEAM]
     output, weights = attention(
         self,

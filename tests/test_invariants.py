@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import orthokv
 from orthokv.allocate import LATENT_BYTES, Plan, position_bytes
@@ -27,11 +27,7 @@ from orthokv.geometry import STATIC_ROPE, AttentionGeometry, rope_types
 from orthokv.pipeline import FitSettings, build_profile, compress, fit_layers, prepare_blocks
 from orthokv.profile import ErrorProfile, LayerProfile
 from orthokv.source import ModelSource, load_model, resolve_model
-from tests.tiny import ARCHITECTURES, VARIANTS, tiny_config, tiny_folder, tiny_text
-
-# Bases for each head, beside those that heads share, once for each kind of attention: plain, with q and k norms, windows and
-# two rotary tables, without rotary embedding, sinks, layers without positions, a forward of our own.
-EVERY_SHARING = {"llama", "gemma3_text", "opt", "gpt_oss", "smollm3", "mpt"}
+from tests.tiny import ARCHITECTURES, FAMILIES, VARIANTS, tiny_config, tiny_folder, tiny_text
 
 
 def key_modes(name: str) -> list[KeyMode]:
@@ -43,7 +39,7 @@ def key_modes(name: str) -> list[KeyMode]:
 def sharings(name: str) -> tuple[Sharing, ...]:
     if name not in ARCHITECTURES:
         return ("joint",)
-    return SHARINGS if name in EVERY_SHARING else ("tied", "joint")
+    return SHARINGS if name in FAMILIES else ("tied", "joint")
 
 
 CASES = [(name, mode, sharing) for name in VARIANTS for mode in key_modes(name) for sharing in sharings(name)]
@@ -129,7 +125,7 @@ def positions(mask: Tensor) -> Tensor:
 def run(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> Any:
     generate: Any = model.generate
     settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
-    return generate(ids, attention_mask=mask, **settings, **options)
+    return generate(ids, attention_mask=mask, use_cache=True, **{**settings, **options})
 
 
 @torch.no_grad()
@@ -219,12 +215,58 @@ def test_a_cache_can_be_copied_and_reused(low: PreTrainedModel, batch: tuple[Ten
         assert close(found, expected)
 
 
+def test_rows_of_a_cache_can_change_places(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
+    ids, mask = batch
+    order = torch.tensor([2, 0])
+    for change, argument, rows in (
+        ("reorder_cache", order, order),
+        ("batch_select_indices", order, order),
+        ("batch_repeat_interleave", 2, torch.tensor([0, 0, 1, 1, 2, 2])),
+    ):
+        cache = DynamicCache(config=low.config)
+        options = {"past_key_values": cache, "use_cache": True}
+        with torch.no_grad():
+            low(ids[:, :14], attention_mask=mask[:, :14], position_ids=positions(mask)[:, :14], **options)
+            getattr(cache, change)(argument)
+            rest = {"attention_mask": mask[rows], "position_ids": positions(mask)[rows, 14:], **options}
+            found = low(ids[rows, 14:], **rest).logits
+        assert close(found, logits(low, ids, mask, use_cache=False)[rows, 14:])
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_can_be_emptied_and_filled_again(
+    kind: str, low: PreTrainedModel, batch: tuple[Tensor, Tensor]
+) -> None:
+    ids = batch[0][2:]
+    cache: Any = (
+        DynamicCache(config=low.config)
+        if kind == "dynamic"
+        else StaticCache(config=low.config, max_cache_len=20)
+    )
+    logits(low, ids.flip(1), past_key_values=cache, use_cache=True)
+    cache.reset()
+    found = [logits(low, part, past_key_values=cache, use_cache=True) for part in ids.split([14, 3], dim=1)]
+    assert close(torch.cat(found, dim=1), logits(low, ids, use_cache=False))
+
+
 def test_speculation_changes_nothing(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
     """Prompt look-up proposes several tokens and takes the wrong ones out of the cache again."""
     ids = batch[0][2:, :8].repeat(1, 2)
     plain = run(low, ids, torch.ones_like(ids))
     speculative = run(low, ids, torch.ones_like(ids), prompt_lookup_num_tokens=4)
     assert torch.equal(speculative.sequences, plain.sequences)
+
+
+def test_tokens_can_be_taken_back(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
+    """Also out of a window that was full when the cache learned that this would happen."""
+    ids = batch[0][2:]
+    cache: Any = DynamicCache(config=low.config)
+    logits(low, ids[:, :14], past_key_values=cache, use_cache=True)
+    cache.activate_past_recording()
+    logits(low, ids[:, :3], past_key_values=cache, use_cache=True)
+    cache.crop(-3)
+    found = logits(low, ids[:, 14:], past_key_values=cache, use_cache=True)
+    assert close(found, logits(low, ids, use_cache=False)[:, 14:])
 
 
 def test_static_cache_equals_dynamic(low: PreTrainedModel, batch: tuple[Tensor, Tensor]) -> None:
@@ -239,10 +281,10 @@ def test_live_cache_bytes_equal_declared_bytes(case: Case, batch: tuple[Tensor, 
         for checkpoint in (case.low, case.full):
             orthokv.attach(case.model, checkpoint, codec=codec)
             try:
-                cache = run(case.model, ids, mask).past_key_values
+                cache = run(case.model, ids, mask, max_new_tokens=3).past_key_values
             finally:
                 orthokv.detach(case.model)
-            tokens = ids.shape[1] + NEW_TOKENS - 1  # the last token made is not cached
+            tokens = ids.shape[1] + 2  # the last token made is not cached
             declared = checkpoint.declared_bytes(sequences=3, tokens=tokens, number_bytes=number_bytes)
             assert orthokv.cache_bytes(cache) == declared
             if checkpoint.geometry.windows is None and number_bytes == 2:
@@ -326,7 +368,7 @@ def test_a_learned_fit_goes_from_text_to_a_measured_checkpoint(name: str, tmp_pa
     text = tmp_path / "text.txt"
     text.write_text(tiny_text(8 * 24))
     settings = FitSettings(
-        "stiefel", "tied", key_modes(name)[0], num_samples=8, sequence_length=24, profile_samples=4, steps=12
+        "stiefel", "tied", key_modes(name)[0], num_samples=8, sequence_length=24, profile_samples=8, steps=20
     )
     found = compress(source, TextSource(str(text)), Budget("kept", 0.5), tmp_path / "out", settings)
     blocks = prepare_blocks(source, TextSource(str(text)), settings)

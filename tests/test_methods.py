@@ -42,7 +42,7 @@ from orthokv.methods.predictor import (
 from orthokv.methods.stiefel import Start
 from orthokv.methods.weighted import value_weighting, whiten
 from orthokv.pipeline import FitSettings, fit_layers
-from tests.tiny import ARCHITECTURES, tiny_blocks, tiny_model
+from tests.tiny import ARCHITECTURES, FAMILIES, tiny_blocks, tiny_model
 
 claim = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 
@@ -101,7 +101,7 @@ def same(a: FittedBases, b: FittedBases) -> bool:
 # ------------------------------------------------------------------------------------------ every method
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("key_mode", KEY_MODES)
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("name", QUICK)
@@ -124,7 +124,7 @@ def test_a_fit_gives_finite_full_rank_bases_of_the_right_shape(
             assert orthonormality_error(basis.encoder) < 1e-5
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("key_mode", KEY_MODES)
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("method", [Eigen(), Weighted()], ids=["eigen", "weighted"])

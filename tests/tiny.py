@@ -25,6 +25,9 @@ from orthokv.profile import ErrorProfile
 from orthokv.source import load_model, resolve_model
 
 ARCHITECTURES: tuple[str, ...] = tuple(REGISTRY)
+# One for each kind of attention, for tests that multiply by something else: plain, windows with two rotary tables and norms, no
+# rotary embedding, sinks, layers without positions, a forward of our own.
+FAMILIES = ("llama", "gemma3_text", "opt", "gpt_oss", "smollm3", "mpt")
 # Softcaps, sinks and ALiBi are not in PyTorch's own attention: transformers refuses or ignores ``sdpa`` for these.
 EAGER_ONLY = ("gemma2", "gpt_oss", "mpt")
 
@@ -95,7 +98,6 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "max_seq_len": MAX_POSITIONS,
         "attn_config": {"clip_qkv": 2.0},
         "tie_word_embeddings": True,
-        "use_cache": True,  # the released configurations switch it off
     },
     "olmo2": {},
     "cohere": {"use_qk_norm": True, "logit_scale": 0.5},
