@@ -27,6 +27,7 @@ from orthokv.allocate import Plan, allocate, plan_ranks
 from orthokv.budget import Budget
 from orthokv.compare import MethodChoice, measure_plan
 from orthokv.dataset import Blocks
+from orthokv.methods import METHODS
 from orthokv.pipeline import FitSettings
 from orthokv.profile import ErrorProfile
 
@@ -140,10 +141,12 @@ def main() -> None:
         bench, results, FitSettings(steps=given.steps, epochs=given.epochs), evaluation, shares(given.kept)
     )
     variants = dict.fromkeys(v for name in given.ablations.split(",") for v in ABLATIONS[name].values())
-    for seed in map(int, given.seeds.split(",")):
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    for seed in seeds:
         # Variants that share a fit stand together, so that it is kept.
         for variant in sorted(variants, key=lambda v: (repr(replace(v, side=None)), repr(v))):
-            run.measure(variant, seed)
+            if seed == seeds[0] or METHODS[MethodChoice.parse(variant.method).method].learned:
+                run.measure(variant, seed)
 
 
 class Run:

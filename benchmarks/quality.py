@@ -52,7 +52,7 @@ METHOD_LIST = (
     "stiefel:head",
     "stiefel:tied:predictor",
 )
-# Besides the knapsack: each paper's own rule, and for one method every rule that plans for bytes.
+# Besides the knapsack, for keys before RoPE: each paper's own rule, and for one method every rule that plans for bytes.
 RULES: dict[str, tuple[Allocation, ...]] = {
     "eigen:tied": ("threshold",),
     "stiefel:tied:predictor": ("pareto",),
@@ -131,8 +131,10 @@ def main() -> None:
     )
     run = Run(bench, results, settings, blocks, evaluation, shares(given.kept), given.profiles)
     for text, choice in choices.items():
-        rules = given.allocations.split(",") if given.allocations else ["knapsack", *RULES.get(text, ())]
         for mode in given.key_modes.split(","):
+            rules: list[str] = given.allocations.split(",") if given.allocations else ["knapsack"]
+            if not given.allocations and mode == "pre":
+                rules += RULES.get(text, ())
             for seed in map(int, given.seeds.split(",") if METHODS[choice.method].learned else "0"):
                 run.measure(choice, cast(KeyMode, mode), seed, cast("list[Allocation]", rules))
     show(results)

@@ -71,7 +71,8 @@ def greedy(options: list[Options], budget_bytes: int) -> list[int] | None:
     """From the dearest option of every layer down, always the step that adds the least damage per byte saved.
 
     ``options`` are fronts as :func:`pareto` makes them; None where nothing fits. Steps lead along the lower convex hull of
-    a front, so that a layer's own steps come in order of their price.
+    a front, so that a layer's own steps come in order of their price. What the last one saved too much is spent again, on
+    the options that take away most damage per byte.
     """
     steps: list[tuple[float, int, int]] = []
     found: list[int] = []
@@ -86,7 +87,27 @@ def greedy(options: list[Options], budget_bytes: int) -> list[int] | None:
             break
         total -= int(options[layer].bytes[found[layer]] - options[layer].bytes[cheaper])
         found[layer] = cheaper
-    return found if total <= budget_bytes else None
+    return _fill(options, found, budget_bytes - total) if total <= budget_bytes else None
+
+
+def _fill(options: list[Options], found: list[int], left: int) -> list[int]:
+    """Spend ``left`` bytes as long as any dearer option fits."""
+    while True:
+        fitting = [
+            (_price(front, found[layer], i), layer, i)
+            for layer, front in enumerate(options)
+            for i in range(found[layer] + 1, _reach(front, found[layer], left))
+        ]
+        if not fitting:
+            return found
+        _, layer, dearer = max(fitting)
+        left -= int(options[layer].bytes[dearer] - options[layer].bytes[found[layer]])
+        found[layer] = dearer
+
+
+def _reach(front: Options, present: int, left: int) -> int:
+    """The first option that costs more than ``left`` bytes beyond the present one."""
+    return int(np.searchsorted(front.bytes, front.bytes[present] + left, side="right"))
 
 
 def _price(front: Options, cheaper: int, dearer: int) -> float:

@@ -69,15 +69,28 @@ def spent(layers: list[Options], picks: list[int]) -> tuple[int, float]:
 
 @settings(deadline=None, max_examples=150)
 @given(layers=options(), budget=st.integers(-5, 120))
-def test_greedy_keeps_its_budget_and_no_choice_of_as_many_bytes_is_better(
+def test_greedy_keeps_its_budget_and_leaves_nothing_that_could_be_spent(
     layers: list[Options], budget: int
 ) -> None:
-    """Between two corners of the hulls it leaves bytes unspent, which is all that it loses to the exact solver."""
     fronts = [pareto(layer) for layer in layers]
     picks = greedy(fronts, budget)
     if picks is None:
         assert best_by_trying_all(layers, budget) is None
         return
-    cost, damage = spent(fronts, picks)
+    cost, _ = spent(fronts, picks)
     assert cost <= budget
-    assert damage == pytest.approx(best_by_trying_all(layers, cost))
+    for front, pick in zip(fronts, picks, strict=True):
+        assert (front.bytes[pick + 1 :] - front.bytes[pick] > budget - cost).all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(layers=options(), price=st.floats(0.001, 5))
+def test_greedy_is_exact_where_one_price_of_a_byte_leads_to_the_budget(
+    layers: list[Options], price: float
+) -> None:
+    """Every layer takes what is best at a price: no other choice of as many bytes does less damage (Everett 1963)."""
+    fronts = [pareto(layer) for layer in layers]
+    budget = sum(int(front.bytes[np.argmin(front.damage + price * front.bytes)]) for front in fronts)
+    picks = greedy(fronts, budget)
+    assert picks is not None
+    assert spent(fronts, picks)[1] == pytest.approx(best_by_trying_all(layers, budget))

@@ -1,4 +1,9 @@
-"""The paper's parameterisation: statistics -> MLP -> QR (StiefAttention v1, section 3 and its recipe in section 4)."""
+"""The paper's parameterisation: statistics -> MLP -> QR (StiefAttention v1, section 3 and its recipe in section 4).
+
+What the paper leaves open is ours: the MLP's width, activation and start (no warm one), AdamW's weight decay (its default), the
+loss (the logarithm of the squared error, over ranks drawn anew each step, so that truncation serves them all) and the split
+for early stopping (an eighth of the blocks). Arithmetic is the model's own where the paper has FP16.
+"""
 
 from __future__ import annotations
 
