@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,7 +116,7 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype, layers:
             fall = torch.linspace(0, -4, rows, device=device).exp()
             mix = torch.linalg.qr(torch.randn(rows, rows, device=device))[0]
             projection.weight.data = ((mix * fall) @ projection.weight.float()).to(dtype) * 4
-    return model.eval().requires_grad_(False)
+    return cast(LlamaForCausalLM, model.eval().requires_grad_(False))
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:

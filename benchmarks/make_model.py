@@ -29,6 +29,7 @@ def parts(config: LlamaConfig, seed: int, dtype: torch.dtype) -> Iterator[dict[s
     hidden, wide, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     assert kv_heads is not None
+    assert head_dim is not None
 
     def random(generator: torch.Generator, rows: int, columns: int, scale: float) -> Tensor:
         return (torch.randn(rows, columns, generator=generator) * scale).to(dtype)

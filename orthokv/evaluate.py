@@ -21,6 +21,9 @@ from orthokv.errors import InvalidModel
 from orthokv.progress import Reporter, Step, silent
 from orthokv.runtime.cache import cache_bytes
 
+# Tokens whose next-token distributions are compared at a time.
+PART_TOKENS = 512
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -104,8 +107,12 @@ def _perplexity(mean_nll: float) -> float:
 
 def divergence(dense: Tensor, other: Tensor) -> float:
     """Sum over tokens of KL(dense || other), nats, from logits ``[tokens, vocabulary]``."""
-    p, q = dense.log_softmax(-1), other.log_softmax(-1)
-    return float((p.exp() * (p - q)).sum(-1).double().sum())
+    total = torch.zeros((), dtype=torch.float64, device=dense.device)
+    # In parts: four more tables of the logits' size would be the largest tensors of a run.
+    for p, q in zip(dense.split(PART_TOKENS), other.split(PART_TOKENS), strict=True):
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+        total += (p.exp() * (p - q)).sum(-1).double().sum()
+    return float(total)
 
 
 def quality(

@@ -108,12 +108,13 @@ def streaming_reason(
     if streaming == "off":
         return None
     needed = sum(tensor.bytes_as(dtype) for tensor in stored_tensors(source).values())
-    free = available_bytes(device)
+    # A whole model is loaded on the host first.
+    free, where = min((available_bytes(place), str(place)) for place in {device, torch.device("cpu")})
     if streaming == "auto" and needed <= LARGEST_SHARE * free:
         return None
     return (
         f"{source.id} is streamed from disk, one decoder layer at a time: its weights take {needed / GIB:.1f} GiB, "
-        f"{free / GIB:.1f} GiB are free on {device}"
+        f"{free / GIB:.1f} GiB are free on {where}"
     )
 
 
