@@ -39,7 +39,8 @@ def parts(config: LlamaConfig, seed: int, dtype: torch.dtype) -> Iterator[dict[s
         mixing = torch.linalg.qr(torch.randn(rows, rows, generator=generator))[0]
         falling = torch.logspace(0.3, -0.7, rows).unsqueeze(1)
         noise = torch.randn(rows, columns, generator=generator) * columns**-0.5
-        return (mixing @ (falling * noise)).to(dtype)
+        product: Tensor = mixing @ (falling * noise)
+        return product.to(dtype)
 
     generator = torch.Generator().manual_seed(seed)
     yield {"model.embed_tokens.weight": random(generator, config.vocab_size, hidden, 1.0)}
