@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,14 @@ class Spread:
     def gap(self) -> float:
         """Mean error on held-out text over that on the fitted text: far above 1 where there was too little of it."""
         return statistics.fmean(self.held_out) / max(statistics.fmean(self.fitting), 1e-12)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rank_key": self.rank_key,
+            "rank_value": self.rank_value,
+            "fitting": list(self.fitting),
+            "held_out": list(self.held_out),
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Spread:
@@ -109,7 +117,7 @@ class LayerProfile:
             "error": self.error.tolist(),
             "cosine": self.cosine.tolist(),
             "sensitivity": self.sensitivity,
-            "spread": None if self.spread is None else asdict(self.spread),
+            "spread": None if self.spread is None else self.spread.to_dict(),
         }
 
     @classmethod

@@ -538,7 +538,7 @@ class Recording(LayerView):
 
 def recording(*, broken: bool = False) -> Recording:
     view = view_of()
-    found = Recording(view.index, view.walk, view.seam, view.moments, view.output_weight)
+    found = Recording(view.index, view.walk, view.seam, view.blocks, view.moments, view.output_weight)
     found.__dict__["broken"] = broken
     return found
 
