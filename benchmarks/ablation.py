@@ -138,7 +138,11 @@ def main() -> None:
         },
     )
     run = Run(
-        bench, results, FitSettings(steps=given.steps, epochs=given.epochs), evaluation, shares(given.kept)
+        bench,
+        results,
+        FitSettings("stiefel", steps=given.steps, epochs=given.epochs),
+        evaluation,
+        shares(given.kept),
     )
     variants = dict.fromkeys(v for name in given.ablations.split(",") for v in ABLATIONS[name].values())
     seeds = [int(seed) for seed in given.seeds.split(",")]

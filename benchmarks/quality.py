@@ -98,6 +98,7 @@ def main() -> None:
     need_shared(given.model, *parts, *texts.values())
     choices = {text: MethodChoice.parse(text) for text in given.methods.split(",")}
     settings = FitSettings(
+        method="stiefel",  # the one that has all hyper-parameters; each choice takes those that it has
         num_samples=given.num_samples,
         sequence_length=given.sequence_length,
         profile_samples=given.profile_samples,

@@ -25,7 +25,7 @@ from orthokv.allocate import LATENT_BYTES, Plan, position_bytes
 from orthokv.attention import Bases
 from orthokv.basis import KEY_MODES, SHARINGS, Basis, KeyMode, Sharing, group_width, orthonormality_error
 from orthokv.codecs import CODECS, DEFAULT_CODEC
-from orthokv.digests import SUMS, sums_of, verify_files
+from orthokv.digests import SUMS, read_sums, sums_of, verify_files
 from orthokv.errors import CheckpointMismatch, InvalidCheckpoint, InvalidSetting, StorageError
 from orthokv.fingerprint import DTYPES
 from orthokv.geometry import AttentionGeometry, held_tokens
@@ -254,8 +254,9 @@ def record_measurements(folder: Path, measured: dict[str, Any]) -> None:
         StorageError: the disk is full or read-only; the checkpoint is as it was.
     """
     config = {**read_checkpoint(folder).config, "measured": measured}
+    # As they stand: hashing them again would read a whole base model, and sign what was altered meanwhile.
     untouched = [
-        line for line in sums_of(folder).splitlines() if line.split("  ", 1)[1] not in (CONFIG, CARD)
+        f"{digest}  {name}" for name, digest in read_sums(folder).items() if name not in (CONFIG, CARD)
     ]
     try:
         with tempfile.TemporaryDirectory(prefix=".measured.", dir=folder.parent) as name:

@@ -111,25 +111,28 @@ class _Student:
     def turns(self) -> list[Tensor]:
         return [side.turn for pair in self.sides for side in pair]
 
-    def divergence(self, tokens: Tensor, ranks: Ranks) -> Tensor:
+    @torch.no_grad()
+    def teacher(self, tokens: Tensor) -> Tensor:
+        """Log-probabilities of the uncompressed model on one block ``[T]``: ``[T - 1, vocabulary]``."""
+        with compressed(self.seam, [None] * len(self.sides)):
+            return self._log_probabilities(tokens)
+
+    def divergence(self, teacher: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
         """Mean KL a token of one block ``[T]``, in nats, at the given ranks; differentiable in the turns."""
-        model = self.seam.model
-        ids = tokens.unsqueeze(0).to(model.device)
-        with torch.no_grad(), compressed(self.seam, [None] * len(self.sides)):
-            dense = _log_probabilities(model, ids)
+        dtype = self.seam.model.dtype
         bases = [
-            Bases(key.turned(r).to(dtype=model.dtype), value.turned(s).to(dtype=model.dtype))
+            Bases(key.turned(r).to(dtype=dtype), value.turned(s).to(dtype=dtype))
             for (key, value), (r, s) in zip(self.sides, ranks, strict=True)
         ]
         with compressed(self.seam, bases):
-            other = _log_probabilities(model, ids)
-        return (dense.exp() * (dense - other)).sum(-1).mean()
+            student = self._log_probabilities(tokens)
+        return (teacher.exp() * (teacher - student)).sum(-1).mean()
 
-
-def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    output: Any = model(ids, use_cache=False)
-    found: Tensor = output.logits[0, :-1].float().log_softmax(-1)
-    return found
+    def _log_probabilities(self, tokens: Tensor) -> Tensor:
+        model: Any = self.seam.model
+        output = model(tokens.unsqueeze(0).to(model.device), use_cache=False)
+        found: Tensor = output.logits[0, :-1].float().log_softmax(-1)
+        return found
 
 
 def refine(
@@ -191,7 +194,7 @@ def _step(student: _Student, tokens: Tensor, ranks: Ranks, settings: Refinement,
     try:
         with torch.enable_grad():
             # The logarithm: a divergence at small ranks is a hundred times that at large ones, which would not count.
-            loss = student.divergence(tokens, ranks).clamp_min(1e-20).log()
+            loss = student.divergence(student.teacher(tokens), tokens, ranks).clamp_min(1e-20).log()
             gradients = torch.autograd.grad(loss, turns)
     finally:
         for turn in turns:
@@ -207,5 +210,8 @@ def _step(student: _Student, tokens: Tensor, ranks: Ranks, settings: Refinement,
 
 @torch.no_grad()
 def _score(student: _Student, watched: Sequence[Tensor], plans: Sequence[Ranks]) -> float:
-    found = [float(student.divergence(tokens, ranks)) for tokens in watched for ranks in plans]
+    found: list[float] = []
+    for tokens in watched:
+        teacher = student.teacher(tokens)
+        found += [float(student.divergence(teacher, tokens, ranks)) for ranks in plans]
     return sum(math.log(max(x, 1e-20)) for x in found) / len(found)
