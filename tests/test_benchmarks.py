@@ -102,15 +102,6 @@ def test_kept_fits_are_used_again(tmp_path: Path, texts: list[Path], monkeypatch
     assert json.loads(out.read_text()) == whole
 
 
-def test_calibration_takes_its_texts_in_turn(tmp_path: Path, texts: list[Path]) -> None:
-    bench = Bench.load(str(tiny_folder(tmp_path, "llama")), "cpu")
-    settings = FitSettings(num_samples=7, sequence_length=16)
-    mixed = bench.calibration([str(texts[0]), str(texts[1])], settings)
-    alone = [bench.calibration([str(text)], settings) for text in texts[:2]]
-    assert mixed.tokens[:, 1:].tolist() == [alone[i % 2].tokens[i // 2, 1:].tolist() for i in range(7)]
-    assert mixed.source == "one.txt + two.txt"
-
-
 def test_without_the_bench_material_a_benchmark_says_so_and_fails_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
