@@ -159,10 +159,11 @@ def cholesky_qr(a: Tensor) -> Tensor:
 
     Two rounds of ``A R^-1`` with ``R`` from the Cholesky factor of ``A^T A``: batched matrix products and small triangular
     solves only, where batched QR on CUDA loops over the matrices. Accurate while cond(A) is below 1/sqrt(eps), which
-    always holds for a point of the manifold plus a step.
+    always holds for a point of the manifold plus a step. Where it does not hold the result is not finite, which the loss
+    shows: asking each time would stop a GPU's queue.
     """
     for _ in range(2):
-        lower: Tensor = torch.linalg.cholesky(a.transpose(-1, -2) @ a)
+        lower: Tensor = torch.linalg.cholesky_ex(a.transpose(-1, -2) @ a).L
         solved: Tensor = torch.linalg.solve_triangular(lower, a.transpose(-1, -2), upper=False)
         a = solved.transpose(-1, -2)
     return a
@@ -183,6 +184,12 @@ def polar(a: Tensor, iterations: int = 12) -> Tensor:
 
 
 RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"cholesky": cholesky_qr, "qr": qr, "polar": polar}
+
+
+def inverse(a: Tensor) -> Tensor:
+    """``a^-1`` of square matrices, not finite where there is none; unlike ``torch.linalg.inv`` without asking, see above."""
+    found: Tensor = torch.linalg.inv_ex(a).inverse
+    return found
 
 
 def tangent(point: Tensor, gradient: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from orthokv.geometry import AttentionGeometry, decoder_layers
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """Second moments of one layer over the calibration tokens, float64, on the CPU.
+    """Second moments of one layer over the calibration tokens, float64, on the model's device.
 
     Attributes:
         tokens: calibration tokens seen.
@@ -258,7 +258,7 @@ class _Collector:
 
     def moments(self) -> LayerMoments:
         def mean(total: Tensor) -> Tensor:
-            return (total / max(self.tokens, 1)).cpu()
+            return total / max(self.tokens, 1)
 
         return LayerMoments(
             tokens=self.tokens,
@@ -345,5 +345,5 @@ def view_layer(walk: LayerWalk, seam: Seam, layer: int, blocks: int | None = Non
     moments = run_and_measure(walk, seam, layer, blocks)
     architecture = architecture_of(seam.model.config)
     output = seam.modules[layer].get_submodule(architecture.output)
-    weight = cast(Tensor, output.weight).detach().double().cpu()
+    weight = cast(Tensor, output.weight).detach().double()
     return LayerView(layer, walk, seam, blocks, moments, weight)

@@ -105,14 +105,16 @@ def _perplexity(mean_nll: float) -> float:
     return math.exp(mean_nll) if mean_nll < 700 else math.inf
 
 
+def kl_sum(dense: Tensor, other: Tensor) -> Tensor:
+    """Sum over tokens of KL(dense || other), nats, from logits ``[tokens, vocabulary]``; differentiable, float64."""
+    p, q = dense.float().log_softmax(-1), other.float().log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1).double().sum()
+
+
 def divergence(dense: Tensor, other: Tensor) -> float:
-    """Sum over tokens of KL(dense || other), nats, from logits ``[tokens, vocabulary]``."""
-    total = torch.zeros((), dtype=torch.float64, device=dense.device)
-    # In parts: four more tables of the logits' size would be the largest tensors of a run.
-    for p, q in zip(dense.split(PART_TOKENS), other.split(PART_TOKENS), strict=True):
-        p, q = p.log_softmax(-1), q.log_softmax(-1)
-        total += (p.exp() * (p - q)).sum(-1).double().sum()
-    return float(total)
+    """:func:`kl_sum` in parts: four more tables of the logits' size would be the largest tensors of a run."""
+    parts = zip(dense.split(PART_TOKENS), other.split(PART_TOKENS), strict=True)
+    return float(torch.stack([kl_sum(p, q) for p, q in parts]).sum())
 
 
 def quality(

@@ -228,7 +228,7 @@ def fit_layers(
             if index in wanted:
                 view = view_layer(walk, seam, index, len(fitting))
                 # The seed of a layer is its own, so that a resumed fit continues exactly as an unbroken one.
-                fitted = method.fit(view, settings.sharing, settings.seed * 100_003 + index).contiguous()
+                fitted = method.fit(view, settings.sharing, settings.seed * 100_003 + index).stored()
                 yield measure_layer(view, fitted, settings.profile_samples)
                 report(Step("fitting", wanted.index(index) + 1, len(wanted), "layers"))
                 if settings.propagate is not None:

@@ -15,15 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from orthokv.allocate import allocate, smallest_kept
 from orthokv.attention import Bases, Seam
-from orthokv.basis import Basis, cholesky_qr, orthonormal, tangent
+from orthokv.basis import Basis, cholesky_qr, inverse, orthonormal, tangent
 from orthokv.budget import Budget
 from orthokv.dataset import Blocks, evenly
 from orthokv.errors import InvalidModel, InvalidSetting
-from orthokv.evaluate import compressed
+from orthokv.evaluate import PART_TOKENS, compressed, kl_sum
 from orthokv.methods.learning import Adam
 from orthokv.profile import ErrorProfile
 from orthokv.progress import Reporter, Step, silent
@@ -45,8 +46,8 @@ class Refinement:
         step_size: how far a column turns in a step at the start, in radians, about.
     """
 
-    steps: int = 200
-    step_size: float = 0.007
+    steps: int = 400
+    step_size: float = 0.01
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -74,13 +75,12 @@ class _Side:
         eye = torch.eye(basis.rank, device=device).expand(len(basis.encoder), -1, -1).contiguous()
         return cls(basis.to(device), eye)
 
-    def turned(self, rank: int, turn: Tensor | None = None) -> Basis:
-        turn = self.turn if turn is None else turn
+    def turned(self, turn: Tensor, dual: Tensor, rank: int) -> Basis:
+        """The basis turned by ``turn``, whose inverse is ``dual^T``."""
         basis = self.basis
         encoder = basis.encoder @ turn[..., :rank]
         if basis.orthonormal:
             return orthonormal(encoder, basis.kv_heads, basis.head_dim)
-        dual = torch.linalg.inv(turn).transpose(-1, -2)
         return Basis(encoder, basis.decoder @ dual[..., :rank], basis.kv_heads, basis.head_dim)
 
     def move(self, gradient: Tensor, step_size: float) -> None:
@@ -93,6 +93,19 @@ class _Side:
 
 
 Ranks = Sequence[tuple[int, int]]
+
+
+def duals(turns: Sequence[Tensor]) -> list[Tensor]:
+    """``A^-T`` of every turn; those of one width are inverted together, which on a GPU costs hardly more than one of them."""
+    by_width: dict[int, list[int]] = {}
+    for i, turn in enumerate(turns):
+        by_width.setdefault(turn.shape[-1], []).append(i)
+    found: dict[int, Tensor] = {}
+    for indices in by_width.values():
+        counts = [len(turns[i]) for i in indices]
+        together = inverse(torch.cat([turns[i] for i in indices])).transpose(-1, -2)
+        found |= dict(zip(indices, together.split(counts), strict=True))
+    return [found[i] for i in range(len(turns))]
 
 
 @dataclass
@@ -111,27 +124,42 @@ class _Student:
     def turns(self) -> list[Tensor]:
         return [side.turn for pair in self.sides for side in pair]
 
+    def turned(self, turns: Sequence[Tensor], ranks: Ranks) -> list[tuple[Basis, Basis]]:
+        """Every layer's bases of the given ranks, turned by ``turns`` (in the order of :attr:`turns`)."""
+        flat = [side for pair in self.sides for side in pair]
+        # The inverse of an orthogonal matrix is its transpose.
+        inverses = turns if all(side.basis.orthonormal for side in flat) else duals(turns)
+        wanted = [rank for pair in ranks for rank in pair]
+        found = [
+            side.turned(turn, dual, rank)
+            for side, turn, dual, rank in zip(flat, turns, inverses, wanted, strict=True)
+        ]
+        return list(zip(found[::2], found[1::2], strict=True))
+
     @torch.no_grad()
     def teacher(self, tokens: Tensor) -> Tensor:
-        """Log-probabilities of the uncompressed model on one block ``[T]``: ``[T - 1, vocabulary]``."""
+        """Logits of the uncompressed model on one block ``[T]``: ``[T - 1, vocabulary]``."""
         with compressed(self.seam, [None] * len(self.sides)):
-            return self._log_probabilities(tokens)
+            return self._logits(tokens)
 
     def divergence(self, teacher: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
         """Mean KL a token of one block ``[T]``, in nats, at the given ranks; differentiable in the turns."""
         dtype = self.seam.model.dtype
         bases = [
-            Bases(key.turned(r).to(dtype=dtype), value.turned(s).to(dtype=dtype))
-            for (key, value), (r, s) in zip(self.sides, ranks, strict=True)
+            Bases(key.to(dtype=dtype), value.to(dtype=dtype)) for key, value in self.turned(self.turns, ranks)
         ]
         with compressed(self.seam, bases):
-            student = self._log_probabilities(tokens)
-        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+            student = self._logits(tokens)
+        # A part's distributions are computed again for its gradient: of a large vocabulary they would be the
+        # largest tensors of the stage.
+        parts = zip(teacher.split(PART_TOKENS), student.split(PART_TOKENS), strict=True)
+        sums = [checkpoint(kl_sum, dense, other, use_reentrant=False) for dense, other in parts]
+        return torch.stack(sums).sum() / len(teacher)
 
-    def _log_probabilities(self, tokens: Tensor) -> Tensor:
+    def _logits(self, tokens: Tensor) -> Tensor:
         model: Any = self.seam.model
         output = model(tokens.unsqueeze(0).to(model.device), use_cache=False)
-        found: Tensor = output.logits[0, :-1].float().log_softmax(-1)
+        found: Tensor = output.logits[0, :-1]
         return found
 
 
@@ -168,6 +196,10 @@ def refine(
         for step in range(settings.steps + 1):
             if step * CHECKS % settings.steps < CHECKS or step == settings.steps:
                 scores.append(_score(student, watched, judged))
+                if not math.isfinite(scores[-1]):
+                    raise InvalidModel(
+                        f"the divergence of the predictions is not finite at refinement step {step}"
+                    )
                 if scores[-1] <= min(scores):
                     best = [turn.clone() for turn in turns]
                 elif min(scores[-PATIENCE:]) > min(scores):
@@ -178,16 +210,16 @@ def refine(
             order = order or torch.randperm(len(calibration), generator=generator).tolist()
             ranks = plans[int((step + 1) * _GOLDEN % 1.0 * TRAINED_PLANS)]
             _step(student, calibration.tokens[order.pop()], ranks, settings, step)
-        layers = []
-        for layer, pair, kept in zip(
-            profile.layers, student.sides, zip(best[::2], best[1::2], strict=True), strict=True
-        ):
-            key, value = (side.turned(side.basis.rank, turn) for side, turn in zip(pair, kept, strict=True))
-            layers.append(replace(layer, key=key.to("cpu").contiguous(), value=value.to("cpu").contiguous()))
+        full = [(layer.key.rank, layer.value.rank) for layer in profile.layers]
+        layers = [
+            replace(layer, key=key.to("cpu").contiguous(), value=value.to("cpu").contiguous())
+            for layer, (key, value) in zip(profile.layers, student.turned(best, full), strict=True)
+        ]
     return replace(profile, layers=tuple(layers)), scores
 
 
 def _step(student: _Student, tokens: Tensor, ranks: Ranks, settings: Refinement, step: int) -> None:
+    """One step. A divergence that is not finite makes the turns so too, which the next check sees."""
     turns = student.turns
     for turn in turns:
         turn.requires_grad_(True)
@@ -199,8 +231,6 @@ def _step(student: _Student, tokens: Tensor, ranks: Ranks, settings: Refinement,
     finally:
         for turn in turns:
             turn.requires_grad_(False)
-    if not math.isfinite(float(loss.detach())):
-        raise InvalidModel(f"the divergence of the predictions is not finite at refinement step {step}")
     size = settings.step_size * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     with torch.no_grad():
         sides = [side for pair in student.sides for side in pair]
@@ -214,4 +244,7 @@ def _score(student: _Student, watched: Sequence[Tensor], plans: Sequence[Ranks])
     for tokens in watched:
         teacher = student.teacher(tokens)
         found += [float(student.divergence(teacher, tokens, ranks)) for ranks in plans]
-    return sum(math.log(max(x, 1e-20)) for x in found) / len(found)
+    # Not ``max``, which would take a NaN for the smaller number.
+    return sum(math.log(x) if x > 1e-20 else (x if math.isnan(x) else math.log(1e-20)) for x in found) / len(
+        found
+    )

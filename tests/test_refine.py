@@ -145,7 +145,7 @@ def test_a_refined_profile_holds_errors_measured_on_its_own_bases(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("method", "steps", "expected"),
-    [("oblique", None, 200), ("eigen", None, None), ("eigen", 7, 7), ("oblique", 0, None)],
+    [("oblique", None, 400), ("eigen", None, None), ("eigen", 7, 7), ("oblique", 0, None)],
 )
 def test_steps_are_the_methods_own_unless_told_otherwise(
     method: str, steps: int | None, expected: int | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from orthokv.capture import LayerView
 
 @dataclass(frozen=True)
 class FittedBases:
-    """A layer's key and value bases at full rank, float32 on the CPU; any smaller rank is a prefix of their columns.
+    """A layer's key and value bases at full rank, float32; any smaller rank is a prefix of their columns.
 
     ``history`` holds what the fit observed (losses by step), for reports; ``spectrum_key`` and ``spectrum_value`` the
     singular values of the activations per group where the method computes them (``[groups, width]``, descending).
@@ -27,8 +27,12 @@ class FittedBases:
     spectrum_key: Tensor | None = None
     spectrum_value: Tensor | None = None
 
-    def contiguous(self) -> FittedBases:
-        return replace(self, key=self.key.contiguous(), value=self.value.contiguous())
+    def stored(self) -> FittedBases:
+        """As a profile keeps them: on the CPU, in plain memory order, wherever the method computed them."""
+        spectra = (None if s is None else s.cpu() for s in (self.spectrum_key, self.spectrum_value))
+        return FittedBases(
+            self.key.to("cpu").contiguous(), self.value.to("cpu").contiguous(), self.history, *spectra
+        )
 
     def bases(self, rank_key: int, rank_value: int) -> Bases:
         return Bases(self.key.truncate(rank_key), self.value.truncate(rank_value))

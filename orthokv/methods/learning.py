@@ -53,7 +53,7 @@ def order_tail(point: Tensor, moment: Tensor) -> Tensor:
     """
     trained = trained_columns(point.shape[-1])
     head, tail = point[..., :trained].double(), point[..., trained:].double()
-    _, vectors = torch.linalg.eigh(tail.transpose(-1, -2) @ moment.to(point.device) @ tail)
+    _, vectors = torch.linalg.eigh(tail.transpose(-1, -2) @ moment @ tail)
     return torch.cat([head, (tail @ vectors).flip(-1)], dim=-1).to(point.dtype)
 
 
@@ -103,7 +103,7 @@ def descend(
     pairs = rank_pairs(*widths, seed)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    losses: list[float] = []
+    losses: list[Tensor] = []
     for step in range(steps):
         if len(order) < blocks_per_step:
             order = torch.randperm(view.blocks, generator=generator).tolist()
@@ -113,14 +113,15 @@ def descend(
         with torch.enable_grad():
             loss = view.loss(bases_of(*next(pairs)), blocks).clamp_min(1e-20).log()
             gradients = torch.autograd.grad(loss, variables)
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise InvalidModel(f"the error of layer {view.index} is not finite at step {step}")
-        losses.append(value)
+        losses.append(loss.detach())  # looked at after the loop: every question stops a GPU's queue
         factor = 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.no_grad():
             for i, gradient in enumerate(gradients):
                 update(i, gradient, factor)
     for variable in variables:
         variable.requires_grad_(False)
-    return losses
+    found: list[float] = torch.stack(losses).tolist()
+    for step, value in enumerate(found):
+        if not math.isfinite(value):
+            raise InvalidModel(f"the error of layer {view.index} is not finite at step {step}")
+    return found

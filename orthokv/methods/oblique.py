@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from orthokv.attention import Bases
-from orthokv.basis import Basis, Sharing
+from orthokv.basis import Basis, Sharing, inverse
 from orthokv.capture import LayerView
 from orthokv.errors import InvalidSetting
 from orthokv.methods.base import FittedBases
@@ -32,7 +31,7 @@ class Oblique:
 
     name: ClassVar[str] = "oblique"
     learned: ClassVar[bool] = True
-    refine_steps: ClassVar[int] = 200
+    refine_steps: ClassVar[int] = 400
     steps: int = 200
     step_size: float = 0.007
 
@@ -52,7 +51,7 @@ class Oblique:
 
         def basis(side: int, rank: int | None = None) -> Basis:
             root, inverse_root = roots[side]
-            dual = torch.linalg.inv(points[side]).transpose(-1, -2)
+            dual = inverse(points[side]).transpose(-1, -2)
             encoder, decoder = root @ points[side][..., :rank], inverse_root @ dual[..., :rank]
             return Basis(encoder, decoder, geometry.kv_heads, geometry.head_dim)
 
@@ -69,7 +68,7 @@ class Oblique:
             steps=self.steps,
             seed=seed,
         )
-        return FittedBases(basis(0).to("cpu"), basis(1).to("cpu"), {"loss": losses})
+        return FittedBases(basis(0), basis(1), {"loss": losses})
 
 
 def _scaled(side: Whitened) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,7 @@ class Palu:
         moment = _input_moment(view)
         squares: dict[str, Tensor] = {}
         for name in ("key", "value"):
-            weight = _projection(view, name).weight.detach().double().cpu()
+            weight = _projection(view, name).weight.detach().double()
             product = weight @ moment @ weight.T
             seen = getattr(view.moments, name)
             if float((product - seen).norm()) > _LINEAR * float(seen.norm()):
@@ -89,13 +89,14 @@ def _projection(view: LayerView, name: str) -> nn.Linear:
 
 @torch.no_grad()
 def _input_moment(view: LayerView) -> Tensor:
-    """Second moment of what the projections read, ``[hidden, hidden]``, float64, on the CPU."""
+    """Second moment of what the projections read, ``[hidden, hidden]``, float64, on the model's device."""
     projection = _projection(view, "key")
-    total = torch.zeros(projection.in_features, projection.in_features, dtype=torch.float64)
+    shape = (projection.in_features, projection.in_features)
+    total = torch.zeros(shape, dtype=torch.float64, device=view.walk.device)
 
     def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].reshape(-1, projection.in_features).double()
-        total.add_((rows.T @ rows).cpu())
+        total.add_(rows.T @ rows)
 
     handle = projection.register_forward_pre_hook(observe)
     try:

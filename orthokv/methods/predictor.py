@@ -80,7 +80,7 @@ def fit_predictor(view: LayerView, sharing: Sharing, seed: int, *, epochs: int) 
         history["validation_key" if keys else "validation_value"] = losses
         found.append(point)
     geometry = view.geometry
-    key, value = (orthonormal(p.cpu(), geometry.kv_heads, geometry.head_dim) for p in found)
+    key, value = (orthonormal(p, geometry.kv_heads, geometry.head_dim) for p in found)
     return FittedBases(key, value, history)
 
 
@@ -89,7 +89,7 @@ def _fit_side(
 ) -> tuple[list[float], Tensor]:
     geometry, device = view.geometry, view.walk.device
     generator = torch.Generator().manual_seed(seed * 2 + keys)
-    described = statistics(view, sharing, keys=keys).to(device)
+    described = statistics(view, sharing, keys=keys)
     width = described.shape[-1] // 2
     predictor = BasisPredictor(width, generator).to(device)
     optimiser = torch.optim.AdamW(predictor.parameters(), lr=LEARNING_RATE)

@@ -90,7 +90,7 @@ class Stiefel:
         )
         for point, name in zip(points, ("key", "value"), strict=True):
             point.copy_(order_tail(point, grouped_moment(view, sharing, name)))
-        return FittedBases(basis(0).to("cpu"), basis(1).to("cpu"), {"loss": losses})
+        return FittedBases(basis(0), basis(1), {"loss": losses})
 
     def _start(self, view: LayerView, sharing: Sharing, seed: int) -> list[Tensor]:
         moments = [grouped_moment(view, sharing, name) for name in ("key", "value")]
@@ -98,6 +98,9 @@ class Stiefel:
             return [descending_eigh(moment)[1] for moment in moments]
         if self.start == "random":
             generator = torch.Generator().manual_seed(seed)
-            return [qr(torch.randn(m.shape, dtype=m.dtype, generator=generator)) for m in moments]
+            # Drawn on the CPU, so that a seed means the same on every device.
+            return [
+                qr(torch.randn(m.shape, dtype=m.dtype, generator=generator).to(m.device)) for m in moments
+            ]
         # QR keeps the spans of every prefix of the weighted encoder's columns, so the order of importance survives.
         return [torch.linalg.qr(side.root @ side.vectors)[0] for side in whitened_layer(view, sharing)]
