@@ -12,6 +12,8 @@ import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from benchmarks.bench import CALIBRATION, MODEL, TEXTS, Bench, need_shared, shares
 from orthokv.allocate import Plan, allocate
@@ -23,6 +25,9 @@ from orthokv.evaluate import quality
 from orthokv.pipeline import FitSettings, device_name, planned_bases
 from orthokv.profile import ErrorProfile
 from orthokv.refine import Refinement, refine
+from orthokv.wording import markdown
+
+NAMES = {"all": "many budgets in turn", "one": "that budget alone"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,30 @@ def _quality(bench: Bench, profile: ErrorProfile, plan: Plan, blocks: Blocks) ->
     with Seam(bench.model, profile.key_mode) as seam:
         found = quality(seam, planned_bases(bench.model, profile, plan), blocks)
     return found.increase, found.kl
+
+
+def section(data: dict[str, Any]) -> str:
+    """The page's table: a line a way of training, means over seeds."""
+    cases = [Case(**case) for case in data["cases"]]
+    budgets = sorted({case.kept for case in cases}, reverse=True)
+    lines: list[list[str]] = []
+    for trained, steps in dict.fromkeys((case.trained, case.steps) for case in cases):
+        groups = [
+            [case for case in cases if (case.trained, case.steps, case.kept) == (trained, steps, kept)]
+            for kept in budgets
+        ]
+        figures = (
+            f"{1 + fmean(case.increase for case in group):.4f}, {fmean(case.kl for case in group):.4f}"
+            for group in groups
+        )
+        lines.append([f"{NAMES[trained]}, {steps} steps", *figures])
+    head = ("last stage trains", *(f"{100 * kept:g} % kept: x dense, KL" for kept in budgets))
+    seeds = len({case.seed for case in cases})
+    said = (
+        f"Model `{data['model']}`, calibrated on {data['num_samples']} x {data['sequence_length']} tokens of "
+        f"{data['calibration']}, evaluated on {data['text']}; means of {seeds} seeds. Device: {data['device']}."
+    )
+    return f"{said}\n\n{markdown(head, lines)}\n"
 
 
 def main() -> None:

@@ -52,9 +52,9 @@ def run(
     }
 
 
-def compare(one: Any, other: Any) -> list[dict[str, Any]]:
-    """Per budget: the largest difference of a rank, and the ratio of perplexities."""
-    return [
+def compare(one: Any, other: Any) -> dict[str, Any]:
+    """Whether two runs gave the same bits; per budget the largest difference of a rank and the ratio of perplexities."""
+    plans = [
         {
             "kept": a["kept"],
             "same_ranks": [list(pair) for pair in a["ranks"]] == [list(pair) for pair in b["ranks"]],
@@ -67,6 +67,7 @@ def compare(one: Any, other: Any) -> list[dict[str, Any]]:
         }
         for a, b in zip(one["plans"], other["plans"], strict=True)
     ]
+    return {"bit_identical": one["digests"] == other["digests"], "plans": plans}
 
 
 def main() -> None:
