@@ -252,7 +252,10 @@ def compare(
     model: Model,
     dataset: Datasets,
     kept: Annotated[str, typer.Option(help="Shares of bytes, separated by commas.")],
-    methods: Annotated[str, typer.Option(help="method:sharing[:parameterisation], separated by commas.")],
+    methods: Annotated[
+        str,
+        typer.Option(help="method:sharing[:parameterisation], separated by commas; sharings as in compress."),
+    ],
     evaluation: Annotated[str, typer.Option("--eval", help="Text to evaluate on, other than --dataset.")],
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     allocation: Annotated[
