@@ -534,6 +534,22 @@ def test_tensors_that_cannot_be_bases_are_refused_by_name(
         read_checkpoint(adapter)
 
 
+def test_a_checkpoint_from_before_layers_could_differ_is_read(adapter: Path) -> None:
+    edited(adapter, lambda c: [entry.pop("sharing") for entry in c["ranks"]])
+    assert read_checkpoint(adapter).sharing == "joint"
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused_as_a_fault_of_the_file(adapter: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        for entry in (config, *config["ranks"]):
+            entry["sharing"] = "pair"
+        config["geometry"]["kv_heads"] = 3
+
+    edited(adapter, change)
+    with pytest.raises(InvalidCheckpoint, match="layer 0: sharing 'pair' makes groups of 2"):
+        read_checkpoint(adapter)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -546,7 +562,10 @@ def test_tensors_that_cannot_be_bases_are_refused_by_name(
         (lambda c: c.update(sharing="none"), "'none'"),
         (lambda c: c["ranks"][1].update(sharing="auto"), "sharing of a layer 'auto'"),
         (lambda c: c["ranks"][1].update(sharing="pair"), "sharing of a layer 'pair'"),
-        (lambda c: [c.update(sharing="auto"), c["ranks"][0].update(sharing="pair")], r"\(2, 16, "),
+        (
+            lambda c: [c.update(sharing="auto"), c["ranks"][0].update(sharing="pair")],
+            r"layer 0: key rank \d+ is outside 1\.\.16",
+        ),
         (lambda c: [c.update(sharing="auto"), c["ranks"][2].pop("sharing")], "sharing of a layer 'auto'"),
         (lambda c: c.update(codec={"name": "zip"}), "'zip'"),
         (lambda c: c["ranks"].pop(), "ranks for 2 layers, its model has 3"),

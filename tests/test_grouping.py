@@ -23,6 +23,7 @@ from orthokv.errors import BudgetUnreachable, InvalidSetting
 from orthokv.geometry import AttentionGeometry
 from orthokv.grouping import COMPARED_KEPT, SHARING_TOLERANCE, error_at_bytes, narrowest_good, sharings_of
 from orthokv.pipeline import FitSettings, compress, fit_layers
+from orthokv.plots import plot_plan, plot_profile
 from orthokv.profile import PROFILE_JSON, Candidate, ErrorProfile, LayerProfile, candidate_ranks
 from orthokv.rankgrid import RankGrid
 from orthokv.runtime.measure import live_bytes_per_token
@@ -253,6 +254,8 @@ def test_the_tables_and_files_of_a_profile_say_what_was_chosen_and_between_what(
     again = ErrorProfile.load(tmp_path)
     assert [layer.sharing for layer in again.layers] == ["quad", "joint", "quad"]
     assert [layer.candidates for layer in again.layers] == [layer.candidates for layer in layers]
+    layers[1].save(tmp_path / "layer.safetensors", profile.geometry)
+    assert LayerProfile.load(tmp_path / "layer.safetensors").to_dict() == layers[1].to_dict()
     cells = [list(column.cells) for column in profile_table(again).columns[-2:]]
     assert cells[0] == ["quad", "joint", "quad"]
     for layer, cell in zip(layers, cells[1], strict=True):
@@ -300,6 +303,15 @@ def test_auto_goes_from_text_to_a_refined_and_measured_checkpoint(tmp_path: Path
     assert found.measured["cache_bytes_per_token"] == declared / 24
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"| {i} | {layer.sharing} |" in card for i, layer in enumerate(found.profile.layers))
+
+
+def test_a_profile_of_mixed_groups_and_its_plan_are_plotted(tmp_path: Path) -> None:
+    profile = mixed_profile()
+    for path in (
+        plot_profile(profile, tmp_path / "profile.png"),
+        plot_plan(allocate(profile, Budget("kept", 0.5)), profile, tmp_path / "plan.png"),
+    ):
+        assert path.stat().st_size > 10_000
 
 
 def test_a_profile_from_before_layers_could_differ_is_read(tmp_path: Path) -> None:
