@@ -57,7 +57,10 @@ def profile_table(profile: ErrorProfile) -> Table:
         f"{method}:{profile.sharing}, {KEY_MODES_IN_WORDS[profile.key_mode]}; error of each layer's output"
     )
     head = ("key width", "value width", "error, 50 % kept", "error, 25 % kept", "sensitivity")
-    chosen = ("sharing", "errors at equal bytes") if profile.sharing == "auto" else ()
+    compared = list(dict.fromkeys(c.sharing for layer in profile.layers for c in layer.candidates))
+    if compared:
+        title += f"; {', '.join(compared)}: mean error at equal bytes"
+    chosen = ("sharing", *compared) if profile.sharing == "auto" else ()
     table = _table(title, (), ("layer", *head, *chosen))
     for layer in profile.layers:
         errors = [error_at(layer, share) for share in (0.5, 0.25)]
@@ -66,13 +69,9 @@ def profile_table(profile: ErrorProfile) -> Table:
             *(f"{b.groups} x {b.width}" if b.groups > 1 else str(b.width) for b in (layer.key, layer.value)),
             *("-" if error is None else number(error, 3) for error in errors),
             "-" if layer.sensitivity is None else number(layer.sensitivity, 3),
-            *((layer.sharing, _compared(layer)) if chosen else ()),
+            *((layer.sharing, *(number(c.mean_error, 3) for c in layer.candidates)) if chosen else ()),
         )
     return table
-
-
-def _compared(layer: LayerProfile) -> str:
-    return ", ".join(f"{c.sharing} {number(c.mean_error, 3)}" for c in layer.candidates) or "-"
 
 
 def plan_table(plan: Plan, profile: ErrorProfile) -> Table:

@@ -256,10 +256,12 @@ def test_the_tables_and_files_of_a_profile_say_what_was_chosen_and_between_what(
     assert [layer.candidates for layer in again.layers] == [layer.candidates for layer in layers]
     layers[1].save(tmp_path / "layer.safetensors", profile.geometry)
     assert LayerProfile.load(tmp_path / "layer.safetensors").to_dict() == layers[1].to_dict()
-    cells = [list(column.cells) for column in profile_table(again).columns[-2:]]
+    table = profile_table(again)
+    assert [str(column.header) for column in table.columns[-4:]] == ["sharing", "pair", "quad", "joint"]
+    cells = [list(column.cells) for column in table.columns[-4:]]
     assert cells[0] == ["quad", "joint", "quad"]
-    for layer, cell in zip(layers, cells[1], strict=True):
-        assert cell == ", ".join(f"{c.sharing} {c.mean_error:#.3g}" for c in layer.candidates)
+    for layer, *errors in zip(layers, *cells[1:], strict=True):
+        assert errors == [f"{c.mean_error:#.3g}" for c in layer.candidates]
 
 
 # --------------------------------------------------------------------------------------------- end to end
