@@ -21,8 +21,15 @@ from orthokv.compare import MethodChoice, compare_methods
 from orthokv.dataset import TextSource
 from orthokv.errors import BudgetUnreachable, InvalidSetting
 from orthokv.geometry import AttentionGeometry
-from orthokv.grouping import COMPARED_KEPT, SHARING_TOLERANCE, error_at_bytes, narrowest_good, sharings_of
-from orthokv.pipeline import FitSettings, compress, fit_layers
+from orthokv.grouping import (
+    COMPARED_KEPT,
+    GROUPED,
+    SHARING_TOLERANCE,
+    error_at_bytes,
+    narrowest_good,
+    sharings_of,
+)
+from orthokv.pipeline import FitSettings, build_profile, compress, fit_layers
 from orthokv.plots import plot_plan, plot_profile
 from orthokv.profile import PROFILE_JSON, Candidate, ErrorProfile, LayerProfile, candidate_ranks
 from orthokv.rankgrid import RankGrid
@@ -305,6 +312,28 @@ def test_auto_goes_from_text_to_a_refined_and_measured_checkpoint(tmp_path: Path
     assert found.measured["cache_bytes_per_token"] == declared / 24
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"| {i} | {layer.sharing} |" in card for i, layer in enumerate(found.profile.layers))
+
+
+def test_layers_of_different_widths_are_refined_together(tmp_path: Path) -> None:
+    source = resolve_model(str(tiny_folder(tmp_path, "opt")))
+    model, blocks = load_model(source), tiny_blocks(8)
+    chosen = FitSettings(
+        "weighted", "auto", num_samples=8, sequence_length=16, profile_samples=2, refine_steps=8
+    )
+    fitted = [
+        layer
+        for index, form in enumerate(GROUPED)
+        for layer in fit_layers(model, blocks, replace(chosen, sharing=form), [index])
+    ]
+    refined = build_profile(model, source, blocks, fitted, chosen)
+    assert [layer.sharing for layer in refined.layers] == list(GROUPED)
+    for before, after in zip(fitted, refined.layers, strict=True):
+        assert after.key.encoder.shape == before.key.encoder.shape
+        assert not torch.equal(after.key.encoder, before.key.encoder)
+        projector = after.key.encoder @ after.key.decoder.transpose(-1, -2)
+        torch.testing.assert_close(
+            projector, torch.eye(after.key.width).expand_as(projector), rtol=0, atol=1e-4
+        )
 
 
 def test_a_profile_of_mixed_groups_and_its_plan_are_plotted(tmp_path: Path) -> None:
