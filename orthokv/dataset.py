@@ -273,7 +273,8 @@ def starts_over(positions: int, length: int, count: int) -> list[int]:
     starts = [place * (positions - length) // max(places - 1, 1) for place in range(places)]
     if places < STARTS:
         return starts
-    return [starts[(3 * i + 5 * (i // STARTS)) % STARTS] for i in range(count)]
+    # Odd weights of the digits of ``i`` in base eight: steps of 7, 8, 14, 16, 56, 64 all lead through several places.
+    return [starts[(3 * i + 5 * (i // 8) + 3 * (i // 64)) % 8] for i in range(count)]
 
 
 class Block(NamedTuple):
@@ -381,7 +382,10 @@ class Blocks:
             return blocks
         if not isinstance(starts, list) or not all(type(start) is int for start in starts):
             raise InvalidDataset(f"token blocks {path} begin at {starts!r}, which are no positions")
-        return blocks.placed(starts)
+        try:
+            return blocks.placed(starts)
+        except InvalidSetting as error:
+            raise InvalidDataset(f"token blocks {path}: {error}") from error
 
 
 def load_blocks(
