@@ -504,11 +504,16 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 def _print_quality(measured: dict[str, Any]) -> None:
+    from orthokv.wording import begin_at
+
     ratio = measured["perplexity"] / measured["perplexity_dense"]
     out_console.print(
         f"perplexity {measured['perplexity']:.3f}, uncompressed {measured['perplexity_dense']:.3f} "
         f"([bold]{ratio:.3f} x[/bold]), KL {measured['kl']:.4f} nats over {measured['tokens']} tokens"
     )
+    # A checkpoint of before blocks could begin elsewhere does not say where: at 0.
+    if where := begin_at(measured["dataset"].get("starts", ())):
+        out_console.print(f"measured on {where}")
     out_console.print(
         f"live cache {measured['cache_bytes_per_token']:g} of {measured['cache_bytes_per_token_dense']:g} bytes a token "
         f"([bold]kept {100 * measured['kept']:.1f} %[/bold])"

@@ -349,7 +349,10 @@ def test_a_checkpoint_says_which_positions_it_was_calibrated_on(
     assert made.measured["dataset"]["starts"] == starts  # of the two held-out blocks
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| calibrated positions | 0 to {positions - 1} |" in card
-    assert f"positions 0 to {positions - 1}" in card.split("## Limits")[1]
+    limits = card.split("## Limits")[1]
+    assert f"positions 0 to {positions - 1}" in limits
+    assert ("blocks of 16 tokens were spread over the positions above" in limits) is (positions > 16)
+    assert ("blocks that begin at positions 0, " in card) is (positions > 16)
     again = evaluate_checkpoint(
         load_model(source), made.checkpoint, tiny_blocks(2).placed([100, MAX_POSITIONS - 16])
     )
