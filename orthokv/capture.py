@@ -58,7 +58,17 @@ class LayerMoments:
 
 
 class _Stop(Exception):
-    """Ends a forward once the first layer's input is known."""
+    """Ends a forward once what was to be seen of it is known."""
+
+
+def _sharing(arguments: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` with the tensors of ``known`` where they are equal: a mask, the largest, is so at every start."""
+
+    def shared(value: Any, other: Any) -> Any:
+        same = isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape
+        return other if same and torch.equal(value, other) else value
+
+    return {name: shared(value, known.get(name)) for name, value in arguments.items()}
 
 
 _spill_folder: ContextVar[Path | None] = ContextVar("spill_folder", default=None)
@@ -148,9 +158,11 @@ class LayerWalk:
         # A few models' layers return a tuple; what stands in for a layer must do as they do.
         with torch.no_grad():
             self._tuples = isinstance(self.layers[0](first, **arguments), tuple)
-        self._arguments = {
-            start: self._layer_arguments(tokens[:1], start) for start in sorted(set(self.starts))
-        }
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        for start in sorted(set(self.starts)):
+            found = self._layer_arguments(tokens[:1], start)
+            known = next(iter(self._arguments.values()), found)
+            self._arguments[start] = [_sharing(own, other) for own, other in zip(found, known, strict=True)]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -192,9 +204,11 @@ class LayerWalk:
 
         def record(hidden_states: Tensor, **kwargs: Any) -> Any:
             seen.append(kwargs)
+            if len(seen) == len(self):
+                raise _Stop
             return self._pass_on(hidden_states)
 
-        with self._layers_replaced([record] * len(self)):
+        with self._layers_replaced([record] * len(self)), suppress(_Stop):
             self._call(tokens, start)
         return seen
 

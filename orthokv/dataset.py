@@ -9,6 +9,7 @@ import codecs
 import hashlib
 import importlib
 import json
+import math
 import re
 import struct
 from array import array
@@ -34,9 +35,6 @@ MAX_ROW_BYTES = 64 << 20
 CHUNK_CHARACTERS = 1 << 16
 # How many times the needed text is read at most, to take the blocks evenly from it.
 SPREAD = 8
-# Where blocks that cover a range of positions begin: at this many places. Every one costs a pass through what surrounds the
-# decoder layers, and each part of a calibration must have enough blocks at each.
-STARTS = 8
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # A single space goes with the word behind it, as tokenizers have it: the pieces give the tokens of the whole.
 _CUTS = (re.compile(r".*\S(?= \S)", re.DOTALL), re.compile(r".*\n", re.DOTALL))
@@ -265,16 +263,16 @@ def evenly(count: int, wanted: int) -> list[int]:
 def starts_over(positions: int, length: int, count: int) -> list[int]:
     """Where ``count`` blocks of ``length`` tokens begin so that together they cover positions ``0..positions - 1``.
 
-    At :data:`STARTS` places (``count``, where that is fewer), evenly from 0 to ``positions - length``. Every eight blocks in
-    a row have all of them, in an order that gives neighbours, halves and evenly spaced blocks different ones too: errors are
-    measured on a few evenly spaced blocks, and each text of a mixture is a run of them.
+    At as many places as blocks laid end to end would need (``count``, where that is fewer), evenly from 0 to ``positions -
+    length``: with fewer, the positions between them are served worse (decision 10). All have equally many blocks, in an
+    order that gives neighbours and evenly spaced blocks different ones: errors are measured on a few evenly spaced blocks,
+    and each text of a mixture is a run of them.
     """
-    places = min(STARTS, count)
+    places = min(count, -(-positions // length))
     starts = [place * (positions - length) // max(places - 1, 1) for place in range(places)]
-    if places < STARTS:
-        return starts
-    # Odd weights of the digits of ``i`` in base eight: steps of 7, 8, 14, 16, 56, 64 all lead through several places.
-    return [starts[(3 * i + 5 * (i // 8) + 3 * (i // 64)) % 8] for i in range(count)]
+    # Multiples of an irrational number, modulo 1, are spread evenly, and so are those of each step and run.
+    order = sorted(range(count), key=lambda i: i * math.sqrt(2) % 1)
+    return [starts[rank * places // count] for _, rank in sorted(zip(order, range(count), strict=True))]
 
 
 class Block(NamedTuple):
