@@ -69,7 +69,8 @@ class FitSettings:
             layers can then only be fitted in order, by one worker.
         num_samples, sequence_length: calibration blocks, of which one in eight is held out.
         positions: key mode ``post`` only, whose bases depend on absolute positions: the blocks are spread over
-            ``0..positions - 1``, which should be what the checkpoint will serve; None: the model's longest context.
+            ``0..positions - 1``, which should be what the checkpoint will serve; None: the model's longest context
+            (``docs/decisions/0010-positions-after-rope.md``).
         seed: of everything random.
         profile_samples: blocks on which the error surface is measured.
         batch_size: blocks in one forward of a layer.
