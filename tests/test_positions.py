@@ -488,8 +488,10 @@ def test_blocks_are_placed_only_where_they_can_be() -> None:
 TEXT_LENGTH = 256
 
 
+@pytest.mark.slow
 def test_a_real_model_is_served_as_well_at_the_far_end_of_its_context_as_at_the_near_one() -> None:
-    """Measured: 1.25 x the dense perplexity in the middle and 1.45 x at the far end when calibrated at the start only."""
+    """Measured at half of the widths: 1.05 x the dense perplexity at the near end and 1.58 x at the far one when calibrated at
+    the start only, 1.10 x at both when calibrated over the range."""
     calibration, unseen = (SHARED / "data" / f"books-{name}.jsonl" for name in ("calib", "eval"))
     for path in (MODEL, calibration, unseen):
         if not path.exists():
