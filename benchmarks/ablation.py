@@ -85,6 +85,11 @@ ABLATIONS: dict[str, dict[str, Variant]] = {
         "keys only": Variant(side="key"),
         "values only": Variant(side="value"),
     },
+    "nesting": {
+        "all ranks": Variant(side="both"),
+        "50 % alone": Variant("stiefel:joint:share=0.5", side="both"),
+        "25 % alone": Variant("stiefel:joint:share=0.25", side="both"),
+    },
     "inputs": {
         "uncompressed": Variant(),
         "compressed to 50 %": Variant(propagate=0.5),

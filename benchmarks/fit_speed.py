@@ -27,6 +27,7 @@ from orthokv.dataset import Blocks
 from orthokv.methods import METHODS
 from orthokv.pipeline import FitSettings
 from orthokv.profile import CANDIDATE_SHARES
+from orthokv.progress import PlainReporter
 from orthokv.source import resolve_device
 
 GIB = 1 << 30
@@ -50,7 +51,7 @@ class Shape:
             intermediate_size=self.intermediate,
             vocab_size=self.vocabulary,
             max_position_embeddings=8192,
-            bos_token_id=None,
+            bos_token_id=1,  # a refinement is also watched on text that the model writes
             eos_token_id=None,
             pad_token_id=None,
         )
@@ -135,7 +136,7 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
 def measure(model: LlamaForCausalLM, shape: Shape, settings: FitSettings, *, whole: bool) -> dict[str, Any]:
     """Fit every layer of ``model``; with ``whole`` also sensitivities, the refinement and the errors after it."""
     device = model.device
-    watch = Stopwatch(device)
+    watch, report = Stopwatch(device), PlainReporter()
     generator = torch.Generator().manual_seed(0)
     size = (settings.num_samples, settings.sequence_length)
     blocks = Blocks.of(torch.randint(shape.vocabulary, size, generator=generator), "random tokens")
@@ -148,16 +149,18 @@ def measure(model: LlamaForCausalLM, shape: Shape, settings: FitSettings, *, who
         watch.watching(method, "fit", "learning"),
         watch.watching(pipeline, "measure_layer", "error surface"),
     ):
-        layers = list(pipeline.fit_layers(model, blocks, settings))
+        layers = list(pipeline.fit_layers(model, blocks, settings, report=report))
     fitted = watch.now()
     if whole:
         source: Any = _NoSource()
         with (
+            watch.watching(pipeline, "weight_fingerprints", "weight fingerprints"),
             watch.watching(pipeline, "sensitivities", "sensitivities"),
+            watch.watching(pipeline, "_second_domain", "text the model writes"),
             watch.watching(pipeline, "refine", "refinement"),
             watch.watching(pipeline, "measure_errors", "error surface after the refinement"),
         ):
-            pipeline.build_profile(model, source, blocks, layers, settings)
+            pipeline.build_profile(model, source, blocks, layers, settings, report)
     end = watch.now()
     counts = _flop(shape, settings, len(model.model.layers), model, whole)
     phases = {

@@ -13,6 +13,8 @@ import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -23,6 +25,8 @@ from orthokv.compare import MethodChoice
 from orthokv.errors import BudgetUnreachable
 from orthokv.evaluate import quality
 from orthokv.pipeline import FitSettings, device_name, make_plan, planned_bases
+from orthokv.plots.style import INK, MUTED, PALETTE, frame, plain, save
+from orthokv.wording import markdown, percent
 
 WITHIN = 1.2
 
@@ -93,8 +97,6 @@ def main() -> None:
     cases: list[Case] = []
     for seed in map(int, arguments.seeds.split(",")):
         cases += run(bench, arguments.text, seed, budgets, settings, choice)
-        planned = [case for case in cases if case.reached is not None]
-        share = sum(case.holds for case in planned) / max(len(planned), 1)
         if arguments.out is not None:
             found = {
                 "model": bench.name,
@@ -104,13 +106,86 @@ def main() -> None:
                 "sequence_length": arguments.length,
                 "device": device_name(bench.model.device),
                 "within": WITHIN,
-                "share": share,
                 "cases": [asdict(case) for case in cases],
             }
             arguments.out.write_text(json.dumps(found, indent=1) + "\n")
-    print(
-        f"{share:.1%} of {len(planned)} plans within {WITHIN} x what was asked; {len(cases) - len(planned)} refused"
+    print(summary(cases))
+
+
+def summary(cases: list[Case]) -> str:
+    """How many promises were kept, in a sentence."""
+    planned = [case for case in cases if case.reached is not None]
+    share = sum(case.holds for case in planned) / max(len(planned), 1)
+    refused = len(cases) - len(planned)
+    return f"{percent(share)} of {len(planned)} plans stay within {WITHIN} times what was asked; {refused} refused."
+
+
+def section(data: dict[str, Any]) -> str:
+    """The page's table: a line a budget, means over seeds."""
+    cases = [Case(**case) for case in data["cases"]]
+    lines: list[list[str]] = []
+    for asked in sorted({case.asked for case in cases}):
+        group = [case for case in cases if case.asked == asked and case.reached is not None]
+        if group:
+            means = (fmean(found) for found in zip(*map(_figures, group), strict=True))
+            worst = max(case.reached or 0.0 for case in group)
+            lines.append([percent(asked), str(len(group)), *map(percent, means), percent(worst)])
+    head = (
+        "asked",
+        "seeds",
+        "cache kept",
+        "increase, held-out",
+        "its 95 % bound",
+        "increase, unseen",
+        "largest",
     )
+    said = (
+        f"Model `{data['model']}`, `{data['method']}`, {data['num_samples']} x {data['sequence_length']} tokens of "
+        f"{data['text']}, as many unseen. Device: {data['device']}. {summary(cases)}"
+    )
+    return f"{said}\n\n{markdown(head, lines, left=0)}\n"
+
+
+def _figures(case: Case) -> tuple[float, ...]:
+    return tuple(x or 0.0 for x in (case.kept, case.held_out, case.bound, case.reached))
+
+
+def plot_promise(data: dict[str, Any], path: Path) -> None:
+    """Increase asked against increase on unseen text, one point a plan."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    cases = [case for case in (Case(**case) for case in data["cases"]) if case.reached is not None]
+    figure = frame(
+        6.4,
+        4.6,
+        "A perplexity budget holds on text that nobody has seen",
+        f"Increase of perplexity on unseen blocks against the increase that was asked for; {len(cases)} plans of "
+        f"{len({case.seed for case in cases})} seeds, {data['model']}, {data['method']}.",
+    )
+    axes = figure.subplots()
+    budgets = sorted({case.asked for case in cases})
+    ends = [budgets[0] / 1.3, budgets[-1] * 1.3]
+    axes.plot(ends, ends, color=MUTED, linewidth=1.1)
+    axes.plot(ends, [WITHIN * x for x in ends], color=MUTED, linewidth=1.1, linestyle=(0, (4, 3)))
+    axes.scatter(
+        [case.asked for case in cases],
+        [case.reached or 0.0 for case in cases],
+        s=26,
+        color=PALETTE[0],
+        zorder=3,
+    )
+    axes.text(ends[1], WITHIN * ends[1], f"{WITHIN} x asked ", size=8.5, color=MUTED, ha="right", va="bottom")
+    axes.text(ends[1], ends[1], "asked ", size=8.5, color=MUTED, ha="right", va="top")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator(budgets))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
+    axes.set_xlabel("increase asked for", size=9.5, color=INK)
+    axes.set_ylabel("increase on unseen text", size=9.5, color=INK)
+    plain(axes, grid="both")
+    save(figure, path)
 
 
 if __name__ == "__main__":

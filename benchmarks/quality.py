@@ -64,7 +64,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     parser.add_argument("model", nargs="?", default=str(MODEL))
     parser.add_argument(
-        "--calibration", default=",".join(CALIBRATION), help="files, or self, separated by commas: mixed"
+        "--calibration", default=CALIBRATION[0], help="files, or self, separated by commas: mixed"
+    )
+    parser.add_argument(
+        "--mixture",
+        action="store_true",
+        help="calibrate on books, WikiText-2 and text of the model's own, mixed",
     )
     parser.add_argument(
         "--eval", action="append", metavar="NAME=FILE", help="a text to evaluate on; may be repeated"
@@ -94,7 +99,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     texts = named_files(given.eval) if given.eval else TEXTS
-    parts = given.calibration.split(",")
+    parts = list(CALIBRATION) if given.mixture else given.calibration.split(",")
     need_shared(given.model, *parts, *texts.values())
     choices = {text: MethodChoice.parse(text) for text in given.methods.split(",")}
     settings = FitSettings(

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import nesting, promise
 from benchmarks.ablation import ABLATIONS
 from benchmarks.bench import RESULTS, ROOT, rows_of
 from benchmarks.quality import plot_quality
@@ -102,9 +103,18 @@ def sections() -> tuple[dict[str, str], dict[Path, Draw]]:
     plots: dict[Path, Draw] = {}
     for path in sorted(RESULTS.glob("*.json")):
         kind, _, _ = path.stem.partition("-")
-        if kind not in ("quality", "ablation"):
+        if kind not in ("quality", "ablation", "promise", "nesting"):
             continue
         data = json.loads(path.read_text())
+        if kind == "nesting":
+            found[f"{path.stem}/table"] = nesting.section(data)
+            continue
+        if kind == "promise":
+            image = IMAGES / f"{path.stem}.png"
+            plots[image] = partial(promise.plot_promise, data)
+            picture = f"![Increase on unseen text against the increase asked for](images/{image.name})"
+            found[f"{path.stem}/table"] = f"{promise.section(data)}\n{picture}\n"
+            continue
         made = quality(data) if kind == "quality" else ablation(data)
         found |= {f"{path.stem}/{name}": body for name, body in made.items()}
         if kind == "quality":

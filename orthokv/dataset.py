@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from orthokv.errors import InvalidDataset, InvalidModel, InvalidSetting, StorageError
+from orthokv.repeatable import repeatable
 
 Format = Literal["jsonl", "text", "parquet", "hub", "self"]
 
@@ -519,11 +520,12 @@ def self_text(
             cache = None
             for position in range(1, sequence_length):
                 step = rows[:, position - 1 : position].to(model.device)
-                output = cast(Any, model)(input_ids=step, past_key_values=cache, use_cache=True)
+                with repeatable():
+                    output = cast(Any, model)(input_ids=step, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
-                logits = output.logits[:, -1].double() / temperature
-                drawn = draws[:, position - 1 : position].to(logits.device)
-                rows[:, position] = _draw(logits, drawn, ends, top_k).to(rows.device)
+                # Drawn on the CPU: sums over a vocabulary come out differently from run to run on a GPU.
+                logits = output.logits[:, -1].float().cpu().double() / temperature
+                rows[:, position] = _draw(logits, draws[:, position - 1 : position], ends, top_k)
                 if progress is not None:
                     progress(start * (sequence_length - 1) + position * len(rows), total)
     finally:

@@ -39,6 +39,7 @@ from orthokv.profile import ErrorProfile, LayerProfile, measure_layer, spread_bl
 from orthokv.progress import Reporter, Step, counter, silent
 from orthokv.rankgrid import FREE, RankGrid
 from orthokv.refine import CHECK_BLOCKS, Refinement, refine
+from orthokv.repeatable import fix_workspaces
 from orthokv.runtime.attach import attach, detach
 from orthokv.source import ModelSource, load_config, load_model, load_tokenizer, resolve_device
 from orthokv.streaming import Streaming, stream_model, streamed_weights, streaming_reason
@@ -147,6 +148,8 @@ def load(
     called, which is said in one line to the logger. Results are the same.
     """
     target = resolve_device(device)
+    if target.type == "cuda":
+        fix_workspaces()
     if dtype is None and target.type == "cpu":
         dtype = torch.float32
     reason = streaming_reason(source, target, dtype, streaming)

@@ -29,6 +29,7 @@ from orthokv.evaluate import PART_TOKENS, compressed, kl_sum
 from orthokv.methods.learning import Adam
 from orthokv.profile import ErrorProfile
 from orthokv.progress import Reporter, Step, silent
+from orthokv.repeatable import repeatable
 
 # Budgets whose plans are trained: this many, evenly on a logarithmic scale up to this share of the cache.
 TRAINED_PLANS, LARGEST_KEPT = 16, 0.8
@@ -45,16 +46,21 @@ class Refinement:
     Attributes:
         steps: optimiser steps, each on one calibration block at one plan.
         step_size: how far a column turns in a step at the start, in radians, about.
+        kept: None trains plans of many budgets in turn, so that the bases stay nested; a share of the cache trains the plan
+            of that budget alone, which shows what nesting costs.
     """
 
     steps: int = 400
     step_size: float = 0.01
+    kept: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InvalidSetting(f"refine_steps must be at least 1, not {self.steps}")
         if not self.step_size > 0:
             raise InvalidSetting(f"step_size must be above 0, not {self.step_size}")
+        if self.kept is not None and not 0 < self.kept <= 1:
+            raise InvalidSetting(f"kept must be in (0, 1], not {self.kept:g}")
 
 
 @dataclass
@@ -185,8 +191,11 @@ def refine(
     """
     low = smallest_kept(profile)
     shares = [low * (LARGEST_KEPT / low) ** (i / (TRAINED_PLANS - 1)) for i in range(TRAINED_PLANS)]
+    checked: Sequence[float] = [max(share, low) for share in CHECK_KEPT]
+    if settings.kept is not None:
+        shares, checked = [settings.kept], [settings.kept]
     plans = [allocate(profile, Budget("kept", share)).ranks for share in shares]
-    judged = [allocate(profile, Budget("kept", max(share, low))).ranks for share in CHECK_KEPT]
+    judged = [allocate(profile, Budget("kept", share)).ranks for share in checked]
     watched = [text[i] for text in checks for i in evenly(len(text), CHECK_BLOCKS)]
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -210,7 +219,7 @@ def refine(
             if step == settings.steps:
                 break
             order = order or torch.randperm(len(calibration), generator=generator).tolist()
-            ranks = plans[int((step + 1) * _GOLDEN % 1.0 * TRAINED_PLANS)]
+            ranks = plans[int((step + 1) * _GOLDEN % 1.0 * len(plans))]
             _step(student, calibration[order.pop()], ranks, settings, step)
         full = [(layer.key.rank, layer.value.rank) for layer in profile.layers]
         layers = [
@@ -226,7 +235,7 @@ def _step(student: _Student, block: Block, ranks: Ranks, settings: Refinement, s
     for turn in turns:
         turn.requires_grad_(True)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), repeatable():
             # The logarithm: a divergence at small ranks is a hundred times that at large ones, which would not count.
             loss = student.divergence(student.teacher(block), block, ranks).clamp_min(1e-20).log()
             gradients = torch.autograd.grad(loss, turns)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from orthokv.attention import Bases
 from orthokv.capture import LayerView
-from orthokv.errors import InvalidModel
+from orthokv.errors import InvalidModel, InvalidSetting
+from orthokv.repeatable import repeatable
 
 # Ranks that a step may train, as shares of the width. Below the first a cache is useless, above the second the closed
 # form is already exact to within rounding.
@@ -20,12 +22,17 @@ _GOLDEN = 0.5 * (math.sqrt(5) - 1)
 _PLASTIC = 0.7548776662466927  # with its square, the two-dimensional golden ratio (Roberts 2018)
 
 
-def rank_pairs(width_key: int, width_value: int, seed: int) -> Iterator[tuple[int, int]]:
-    """An endless, evenly spread sequence of (rank_key, rank_value), log-uniform in each.
+def rank_pairs(
+    width_key: int, width_value: int, seed: int, share: float | None = None
+) -> Iterator[tuple[int, int]]:
+    """An endless, evenly spread sequence of (rank_key, rank_value), log-uniform in each; with ``share``, that of the widths
+    alone, again and again.
 
     Training every prefix of the columns at once is what makes one fit serve all ranks (nested bases). The two ranks follow
     a two-dimensional low-discrepancy sequence, which covers the square far more evenly in few steps than random draws.
     """
+    if share is not None:
+        yield from repeat((max(1, round(share * width_key)), max(1, round(share * width_value))))
     spread = math.log(LARGEST_SHARE / SMALLEST_SHARE)
     u, v = (seed * _GOLDEN) % 1.0, (seed * _GOLDEN * _GOLDEN) % 1.0
     while True:
@@ -55,6 +62,12 @@ def order_tail(point: Tensor, moment: Tensor) -> Tensor:
     head, tail = point[..., :trained].double(), point[..., trained:].double()
     _, vectors = torch.linalg.eigh(tail.transpose(-1, -2) @ moment @ tail)
     return torch.cat([head, (tail @ vectors).flip(-1)], dim=-1).to(point.dtype)
+
+
+def check_share(share: float | None) -> None:
+    """Refuse a share of the widths outside (0, 1]; None trains all ranks."""
+    if share is not None and not 0 < share <= 1:
+        raise InvalidSetting(f"share must be in (0, 1], not {share:g}")
 
 
 @dataclass
@@ -89,6 +102,7 @@ def descend(
     steps: int,
     seed: int,
     blocks_per_step: int = 1,
+    share: float | None = None,
 ) -> list[float]:
     """Minimise the layer's error over ``variables`` for ``steps`` steps; returns the loss of each step.
 
@@ -100,7 +114,7 @@ def descend(
     Raises:
         InvalidModel: the loss is not finite.
     """
-    pairs = rank_pairs(*widths, seed)
+    pairs = rank_pairs(*widths, seed, share)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     losses: list[Tensor] = []
@@ -110,7 +124,7 @@ def descend(
         blocks, order = order[:blocks_per_step], order[blocks_per_step:]
         for variable in variables:
             variable.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), repeatable():
             loss = view.loss(bases_of(*next(pairs)), blocks).clamp_min(1e-20).log()
             gradients = torch.autograd.grad(loss, variables)
         losses.append(loss.detach())  # looked at after the loop: every question stops a GPU's queue

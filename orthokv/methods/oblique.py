@@ -12,7 +12,7 @@ from orthokv.basis import Basis, Sharing, inverse
 from orthokv.capture import LayerView
 from orthokv.errors import InvalidSetting
 from orthokv.methods.base import FittedBases
-from orthokv.methods.learning import Adam, descend
+from orthokv.methods.learning import Adam, check_share, descend
 from orthokv.methods.weighted import Whitened, whitened_layer
 
 
@@ -23,6 +23,7 @@ class Oblique:
     Attributes:
         steps: optimiser steps a layer.
         step_size: how far a column turns in a step at the start, in radians, about.
+        share: None trains every rank in turn; a share of the widths trains that rank alone, which shows what nesting costs.
 
     The first ``r`` columns of both are an oblique projector for every ``r``, and the full rank is exact. Two free matrices
     would have no such order: what a few columns learn to shrink, the others could not add back. ``A`` is moved in the whitened
@@ -34,12 +35,14 @@ class Oblique:
     refine_steps: ClassVar[int] = 400
     steps: int = 200
     step_size: float = 0.007
+    share: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InvalidSetting(f"steps must be at least 1, not {self.steps}")
         if not self.step_size > 0:
             raise InvalidSetting(f"step_size must be above 0, not {self.step_size}")
+        check_share(self.share)
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
         geometry = view.geometry
@@ -67,6 +70,7 @@ class Oblique:
             widths=(points[0].shape[-1], points[1].shape[-1]),
             steps=self.steps,
             seed=seed,
+            share=self.share,
         )
         return FittedBases(basis(0), basis(1), {"loss": losses})
 

@@ -20,6 +20,7 @@ from orthokv.capture import LayerView
 from orthokv.errors import InvalidModel
 from orthokv.methods.base import FittedBases
 from orthokv.methods.learning import rank_pairs
+from orthokv.repeatable import repeatable
 
 LEARNING_RATE = 5e-3
 PATIENCE = 5
@@ -111,7 +112,7 @@ def _fit_side(
         order = torch.randperm(len(training), generator=generator).tolist()
         for start in range(0, len(order), blocks_per_step):
             rank = next(pairs)[0 if keys else 1]
-            with torch.enable_grad():
+            with torch.enable_grad(), repeatable():
                 step_loss = loss(rank, [training[i] for i in order[start : start + blocks_per_step]])
                 optimiser.zero_grad()
                 step_loss.backward()

@@ -13,7 +13,7 @@ from orthokv.basis import RETRACTIONS, Basis, Sharing, orthonormal, qr, tangent
 from orthokv.capture import LayerView
 from orthokv.errors import InvalidSetting
 from orthokv.methods.base import FittedBases, descending_eigh, grouped_moment
-from orthokv.methods.learning import Adam, descend, order_tail
+from orthokv.methods.learning import Adam, check_share, descend, order_tail
 from orthokv.methods.predictor import fit_predictor
 from orthokv.methods.weighted import whitened_layer
 
@@ -34,6 +34,7 @@ class Stiefel:
         start: where ``direct`` starts: the singular vectors (``"eigen"``), the orthonormalised weighted closed form
             (``"weighted"``), or, to see what a start is worth, anywhere (``"random"``).
         retraction: a key of :data:`orthokv.basis.RETRACTIONS`.
+        share: None trains every rank in turn; a share of the widths trains that rank alone (``direct``).
     """
 
     name: ClassVar[str] = "stiefel"
@@ -45,6 +46,7 @@ class Stiefel:
     step_size: float = 0.05
     start: Start = "eigen"
     retraction: str = "cholesky"
+    share: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "epochs"):
@@ -56,6 +58,7 @@ class Stiefel:
             )
         if not self.step_size > 0:
             raise InvalidSetting(f"step_size must be above 0, not {self.step_size}")
+        check_share(self.share)
         if self.start not in get_args(Start):
             raise InvalidSetting(f"start must be one of {', '.join(get_args(Start))}, not {self.start!r}")
         if self.retraction not in RETRACTIONS:
@@ -87,6 +90,7 @@ class Stiefel:
             widths=(points[0].shape[-1], points[1].shape[-1]),
             steps=self.steps,
             seed=seed,
+            share=self.share,
         )
         for point, name in zip(points, ("key", "value"), strict=True):
             point.copy_(order_tail(point, grouped_moment(view, sharing, name)))
