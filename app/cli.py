@@ -34,7 +34,10 @@ class Method(StrEnum):
 class Sharing(StrEnum):
     head = "head"
     tied = "tied"
+    pair = "pair"
+    quad = "quad"
     joint = "joint"
+    auto = "auto"
 
 
 class KeyMode(StrEnum):

@@ -174,8 +174,11 @@ def plot_promise(data: dict[str, Any], path: Path) -> None:
         color=PALETTE[0],
         zorder=3,
     )
-    axes.text(ends[1], WITHIN * ends[1], f"{WITHIN} x asked ", size=8.5, color=MUTED, ha="right", va="bottom")
-    axes.text(ends[1], ends[1], "asked ", size=8.5, color=MUTED, ha="right", va="top")
+    between = (budgets[0] * budgets[-1]) ** 0.5 / 1.6  # where no point is
+    axes.text(
+        between, WITHIN * between, f"{WITHIN} x asked  ", size=8.5, color=MUTED, ha="right", va="bottom"
+    )
+    axes.text(between, between, "  asked", size=8.5, color=MUTED, ha="left", va="top")
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):

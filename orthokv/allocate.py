@@ -13,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
-from orthokv.basis import KeyMode, Sharing, group_width
+from orthokv.basis import KeyMode, Sharing, SharingChoice, group_width
 from orthokv.budget import Budget
 from orthokv.errors import BudgetUnreachable, InvalidSetting
 from orthokv.geometry import AttentionGeometry, held_tokens
+from orthokv.grouping import sharings_of
 from orthokv.knapsack import Ints, Options, greedy, knapsack, pareto
 from orthokv.profile import ErrorProfile, LayerProfile, candidate_ranks
 from orthokv.rankgrid import FREE, RankGrid, interpolate, squared_errors
@@ -55,7 +57,7 @@ class Plan:
     """
 
     key_mode: KeyMode
-    sharing: Sharing
+    sharing: SharingChoice
     ranks: tuple[tuple[int, int], ...]
     bytes_per_token: int
     dense_bytes_per_token: int
@@ -207,30 +209,34 @@ def _uniform(
     profile: ErrorProfile, budget: Budget, budget_bytes: int, grid: RankGrid
 ) -> list[tuple[int, int]]:
     """The largest common share of the widths that fits, not below the ranks that were measured."""
-    layer, count = profile.layers[0], len(profile.layers)
-    sides = [
-        (basis.width, ranks)
-        for basis, ranks in ((layer.key, layer.ranks_key), (layer.value, layer.ranks_value))
-    ]
 
-    def rank(share: int, width: int, measured: tuple[int, ...]) -> int:
-        wanted = max(measured[0], share * width // _UNIFORM_STEPS)
+    @cache  # layers of one sharing have the same ranks
+    def rank(share: int, measured: tuple[int, ...]) -> int:
+        wanted = max(measured[0], share * measured[-1] // _UNIFORM_STEPS)
         if grid.free:
             return wanted
         allowed = grid.ranks(measured)
         return int(allowed[max(0, int(np.searchsorted(allowed, wanted, side="right")) - 1)])
 
-    def pair(share: int) -> tuple[int, int]:
-        return rank(share, *sides[0]), rank(share, *sides[1])
+    def pairs(share: int) -> list[tuple[int, int]]:
+        return [(rank(share, layer.ranks_key), rank(share, layer.ranks_value)) for layer in profile.layers]
 
-    def cost(pair: tuple[int, int]) -> int:
-        return LATENT_BYTES * (layer.key.groups * pair[0] + layer.value.groups * pair[1]) * count
+    def cost(pairs: list[tuple[int, int]]) -> int:
+        return LATENT_BYTES * _latents(profile, pairs)
 
-    fitting = [p for p in map(pair, range(1, _UNIFORM_STEPS + 1)) if cost(p) <= budget_bytes]
+    fitting = [p for p in map(pairs, range(1, _UNIFORM_STEPS + 1)) if cost(p) <= budget_bytes]
     if not fitting:
         fixed = position_bytes(profile.geometry, profile.key_mode)
-        raise _below_smallest(budget, (cost(pair(1)) + fixed) / profile.geometry.dense_bytes_per_token)
-    return [fitting[-1]] * count
+        raise _below_smallest(budget, (cost(pairs(1)) + fixed) / profile.geometry.dense_bytes_per_token)
+    return fitting[-1]
+
+
+def _latents(profile: ErrorProfile, ranks: Sequence[tuple[int, int]]) -> int:
+    """Latent numbers that a token adds to the cache of the whole model."""
+    return sum(
+        layer.key.groups * rank_key + layer.value.groups * rank_value
+        for layer, (rank_key, rank_value) in zip(profile.layers, ranks, strict=True)
+    )
 
 
 def _below_smallest(budget: Budget, best: float) -> BudgetUnreachable:
@@ -243,7 +249,7 @@ def _below_smallest(budget: Budget, best: float) -> BudgetUnreachable:
 
 def check_reachable(
     geometry: AttentionGeometry,
-    sharing: Sharing,
+    sharing: SharingChoice,
     key_mode: KeyMode,
     budget: Budget,
     grid: RankGrid = FREE,
@@ -252,12 +258,16 @@ def check_reachable(
 
     Raises:
         BudgetUnreachable: with the smallest share that can be kept.
-        InvalidSetting: the grid leaves no rank at all.
+        InvalidSetting: the KV heads do not divide into the groups of ``sharing``, or the grid leaves no rank at all to a form
+            that a layer may take.
     """
-    latents = 0
-    for keys in (True, False):
-        _, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=keys)
-        latents += geometry.kv_width // width * int(grid.ranks(candidate_ranks(width))[0])
+
+    def smallest(form: Sharing, *, keys: bool) -> int:
+        _, width = group_width(form, geometry.kv_heads, geometry.head_dim, keys=keys)
+        return geometry.kv_width // width * int(grid.ranks(candidate_ranks(width))[0])
+
+    forms = sharings_of(sharing, geometry)
+    latents = min(smallest(form, keys=True) + smallest(form, keys=False) for form in forms)
     best = (
         LATENT_BYTES * latents * geometry.layers + position_bytes(geometry, key_mode)
     ) / geometry.dense_bytes_per_token
@@ -351,18 +361,17 @@ def plan_ranks(
 ) -> Plan:
     """The plan of given ranks, ``(rank_key, rank_value)`` a layer: what they cost and what error the profile expects."""
     errors: list[float] = []
-    latents = 0
     for layer, (rank_key, rank_value) in zip(profile.layers, ranks, strict=True):
         squared = squared_errors(layer, np.asarray([rank_key]), np.asarray([rank_value]))
         errors.append(float(squared[0, 0]) ** 0.5)
-        latents += layer.key.groups * rank_key + layer.value.groups * rank_value
     known = all(layer.sensitivity is not None for layer in profile.layers)
     kl = sum(w * e**2 for w, e in zip(_weights(profile), errors, strict=True)) if known else None
     return Plan(
         key_mode=profile.key_mode,
         sharing=profile.sharing,
         ranks=tuple(ranks),
-        bytes_per_token=latents * LATENT_BYTES + position_bytes(profile.geometry, profile.key_mode),
+        bytes_per_token=LATENT_BYTES * _latents(profile, ranks)
+        + position_bytes(profile.geometry, profile.key_mode),
         dense_bytes_per_token=profile.geometry.dense_bytes_per_token,
         expected_error=tuple(errors),
         expected_kl=kl,

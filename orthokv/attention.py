@@ -267,6 +267,15 @@ def _attend(
     return stock(_stand_in(module, query, key), query, key, value, attention_mask, **kwargs)
 
 
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """``[B, groups, S, n]`` -> ``[B, heads, S, n]``: the latents of a group for each of its heads; a view of one group."""
+    batch, groups, tokens, numbers = x.shape
+    if groups == heads:
+        return x
+    shared = x.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1)
+    return shared.reshape(batch, heads, tokens, numbers)
+
+
 def _round_trip(x: Tensor, basis: Basis | None, store_dtype: torch.dtype | None) -> Tensor:
     if basis is None:
         return x
@@ -310,7 +319,7 @@ def _attend_cached(
     if not latent_value:
         value = bases.value.decode(value)
     heads = max(key.shape[1], value.shape[1])
-    key, value = (x if x.shape[1] == heads else x.expand(-1, heads, -1, -1) for x in (key, value))
+    key, value = (_per_head(x, heads) for x in (key, value))
     output, weights = stock(_stand_in(module, query, key), query, key, value, attention_mask, **kwargs)
     if latent_value:
         output = bases.value.output_from_latent(output)

@@ -18,9 +18,15 @@ from torch import Tensor
 from orthokv.errors import InvalidSetting
 
 KeyMode = Literal["pre", "post"]
-Sharing = Literal["head", "tied", "joint"]
+# Which heads of a layer share a basis.
+Sharing = Literal["head", "tied", "pair", "quad", "joint"]
+# What a fit is asked for: ``auto`` chooses layer by layer (:mod:`orthokv.grouping`).
+SharingChoice = Literal["head", "tied", "pair", "quad", "joint", "auto"]
 KEY_MODES: tuple[KeyMode, ...] = ("pre", "post")
-SHARINGS: tuple[Sharing, ...] = ("head", "tied", "joint")
+SHARINGS: tuple[Sharing, ...] = ("head", "tied", "pair", "quad", "joint")
+SHARING_CHOICES: tuple[SharingChoice, ...] = (*SHARINGS, "auto")
+# KV heads in a group, where that is not all of them.
+GROUP_HEADS = {"head": 1, "tied": 1, "pair": 2, "quad": 4}
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,8 @@ class Basis:
         kv_heads: KV heads of the layer. ``width / head_dim`` of them share a group.
         head_dim: numbers per head.
 
-    ``stored groups`` is 1 where every group uses the same matrices (``tied`` and ``joint``), else the number of groups.
+    ``stored groups`` is 1 where every group uses the same matrices (``tied``) or there is one (``joint``), else the number of
+    groups.
     """
 
     encoder: Tensor
@@ -142,13 +149,18 @@ def group_width(sharing: Sharing, kv_heads: int, head_dim: int, *, keys: bool) -
     """``(stored groups, width)`` of a basis.
 
     ``tied`` is the papers' form: one basis for the keys of all heads of a layer, one per head for the values
-    (EigenAttention as released, StiefAttention v1 section 3).
+    (EigenAttention as released, StiefAttention v1 section 3). ``pair`` and ``quad`` are groups of 2 and 4 neighbouring heads.
+
+    Raises:
+        InvalidSetting: the KV heads do not divide into such groups.
     """
-    if sharing == "joint":
-        return 1, kv_heads * head_dim
-    if sharing == "tied" and keys:
-        return 1, head_dim
-    return kv_heads, head_dim
+    heads = kv_heads if sharing == "joint" else GROUP_HEADS[sharing]
+    if kv_heads % heads:
+        raise InvalidSetting(
+            f"sharing {sharing!r} makes groups of {heads} KV heads, which do not divide this model's {kv_heads}"
+        )
+    stored = 1 if sharing == "tied" and keys else kv_heads // heads
+    return stored, heads * head_dim
 
 
 # ------------------------------------------------------------------------------------------- the manifold

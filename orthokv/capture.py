@@ -45,17 +45,6 @@ class LayerMoments:
     key_mean: Tensor
     value_mean: Tensor
 
-    def per_head(self, name: str) -> Tensor:
-        """The diagonal blocks of a joint moment, one per KV head: ``[kv_heads, head_dim, head_dim]``."""
-        joint = cast(Tensor, getattr(self, name))
-        heads, head_dim, _ = self.query.shape
-        return (
-            joint.view(heads, head_dim, heads, head_dim)
-            .diagonal(dim1=0, dim2=2)
-            .permute(2, 0, 1)
-            .contiguous()
-        )
-
 
 class _Stop(Exception):
     """Ends a forward once what was to be seen of it is known."""

@@ -23,7 +23,17 @@ from torch import Tensor
 
 from orthokv.allocate import LATENT_BYTES, Plan, position_bytes
 from orthokv.attention import Bases
-from orthokv.basis import KEY_MODES, SHARINGS, Basis, KeyMode, Sharing, group_width, orthonormality_error
+from orthokv.basis import (
+    KEY_MODES,
+    SHARING_CHOICES,
+    SHARINGS,
+    Basis,
+    KeyMode,
+    Sharing,
+    SharingChoice,
+    group_width,
+    orthonormality_error,
+)
 from orthokv.codecs import CODECS, DEFAULT_CODEC
 from orthokv.digests import SUMS, read_sums, sums_of, verify_files
 from orthokv.errors import CheckpointMismatch, InvalidCheckpoint, InvalidSetting, StorageError
@@ -55,7 +65,7 @@ class Checkpoint:
     config: dict[str, Any]
     geometry: AttentionGeometry
     key_mode: KeyMode
-    sharing: Sharing
+    sharing: SharingChoice
     codec: str
     bases: tuple[Bases, ...]
 
@@ -192,7 +202,10 @@ def _config(
         "key_mode": profile.key_mode,
         "sharing": profile.sharing,
         "codec": {"name": codec},
-        "ranks": [_ranks(layer, geometry) for layer in bases],
+        "ranks": [
+            {"sharing": layer.sharing, **_ranks(pair, geometry)}
+            for layer, pair in zip(profile.layers, bases, strict=True)
+        ],
         "cache": {
             "bytes_per_token": measured_bytes,
             "bytes_per_token_dense": geometry.dense_bytes_per_token,
@@ -294,12 +307,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         geometry = AttentionGeometry.from_dict(config["geometry"])
         key_mode, sharing, codec = config["key_mode"], config["sharing"], config["codec"]["name"]
         ranks = [(int(entry["key"]["rank"]), int(entry["value"]["rank"])) for entry in config["ranks"]]
+        # Checkpoints from before layers could differ name the sharing once.
+        sharings = [entry.get("sharing", sharing) for entry in config["ranks"]]
         _require(config)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidCheckpoint(f"{CONFIG} lacks a field or holds a wrong one ({error!r})") from error
     for name, value, allowed in (
         ("key_mode", key_mode, KEY_MODES),
-        ("sharing", sharing, SHARINGS),
+        ("sharing", sharing, SHARING_CHOICES),
+        *(("sharing of a layer", found, SHARINGS if sharing == "auto" else (sharing,)) for found in sharings),
         ("codec", codec, tuple(CODECS)),
     ):
         if value not in allowed:
@@ -308,7 +324,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise InvalidCheckpoint(
             f"{CONFIG} has ranks for {len(ranks)} layers, its model has {geometry.layers}"
         )
-    bases = tuple(_read_layer(tensors, i, pair, sharing, geometry) for i, pair in enumerate(ranks))
+    bases = tuple(
+        _read_layer(tensors, i, pair, found, geometry)
+        for i, (pair, found) in enumerate(zip(ranks, sharings, strict=True))
+    )
     return Checkpoint(folder, config, geometry, key_mode, sharing, codec, bases)
 
 
@@ -333,7 +352,10 @@ def _read_layer(
 ) -> Bases:
     found: list[Basis] = []
     for side, rank in zip(("key", "value"), ranks, strict=True):
-        stored, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=side == "key")
+        try:
+            stored, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=side == "key")
+        except InvalidSetting as refused:
+            raise InvalidCheckpoint(f"{CONFIG}: layer {layer}: {refused}") from refused
         name = f"layers.{layer}.{side}.encoder"
         if not 1 <= rank <= width:
             raise InvalidCheckpoint(f"layer {layer}: {side} rank {rank} is outside 1..{width}")

@@ -116,7 +116,12 @@ def compress(
     layer_error: LayerError = None,
     perplexity_increase: Increase = None,
     method: Annotated[str, typer.Option(help="oblique, stiefel, weighted, eigen or palu.")] = "oblique",
-    sharing: Annotated[str, typer.Option(help="joint, tied or head: which heads share a basis.")] = "joint",
+    sharing: Annotated[
+        str,
+        typer.Option(
+            help="Which heads share a basis: head, tied, pair, quad, joint, or auto: each layer its own group."
+        ),
+    ] = "joint",
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     parameterisation: Annotated[str | None, typer.Option(help="stiefel only: direct or predictor.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
@@ -263,7 +268,10 @@ def compare(
     model: Model,
     dataset: Datasets,
     kept: Annotated[str, typer.Option(help="Shares of bytes, separated by commas.")],
-    methods: Annotated[str, typer.Option(help="method:sharing[:parameterisation], separated by commas.")],
+    methods: Annotated[
+        str,
+        typer.Option(help="method:sharing[:parameterisation], separated by commas; sharings as in compress."),
+    ],
     evaluation: Annotated[str, typer.Option("--eval", help="Text to evaluate on, other than --dataset.")],
     key_mode: Annotated[str, typer.Option(help="Keys cached before (pre) or after (post) RoPE.")] = "pre",
     allocation: Annotated[
@@ -287,7 +295,8 @@ def compare(
     from orthokv.compare import MethodChoice, compare_methods
     from orthokv.dataset import TextSource, load_blocks
     from orthokv.errors import InvalidSetting
-    from orthokv.pipeline import FitSettings, load, prepare_blocks
+    from orthokv.grouping import sharings_of
+    from orthokv.pipeline import FitSettings, load, prepare_blocks, read_geometry
     from orthokv.source import load_tokenizer, resolve_model
     from orthokv.tables import comparison_table
 
@@ -307,6 +316,8 @@ def compare(
         epochs=epochs,
     )
     source = resolve_model(model, revision=revision)
+    for choice in choices:
+        sharings_of(choice.settings(settings).sharing, read_geometry(source))
     loaded = load(source, device, streaming=streaming)  # type: ignore[arg-type]
     with reporter() as report:
         blocks = prepare_blocks(source, _text(dataset, field), settings, loaded, report)

@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 
 from orthokv.allocate import Allocation, Plan, allocate
 from orthokv.attention import Seam
-from orthokv.basis import SHARINGS, Sharing
+from orthokv.basis import SHARING_CHOICES, SharingChoice
 from orthokv.budget import Budget
 from orthokv.dataset import Blocks
 from orthokv.errors import InvalidSetting
 from orthokv.evaluate import cache_size, quality_by_layer
+from orthokv.geometry import AttentionGeometry
+from orthokv.grouping import sharings_of
 from orthokv.methods import METHODS
 from orthokv.pipeline import FitSettings, build_profile, device_name, fit_layers, planned_bases
 from orthokv.profile import ErrorProfile
@@ -43,14 +45,14 @@ class MethodChoice:
         options = [part.partition("=") for part in rest if "=" in part]
         if (
             not method
-            or sharing not in SHARINGS
+            or sharing not in SHARING_CHOICES
             or len(bare) > 1
             or not all(bare)
             or not all(name and value for name, _, value in options)
         ):
             raise InvalidSetting(
                 f"{text!r} is not method:sharing[:parameterisation][:setting=value ...] "
-                f"(sharing: {', '.join(SHARINGS)})"
+                f"(sharing: {', '.join(SHARING_CHOICES)})"
             )
         return cls(
             method,
@@ -66,7 +68,7 @@ class MethodChoice:
         return replace(
             base,
             method=self.method,
-            sharing=cast(Sharing, self.sharing),
+            sharing=cast(SharingChoice, self.sharing),
             parameterisation=self.parameterisation,
             steps=base.steps if "steps" in fields else None,
             epochs=base.epochs if "epochs" in fields else None,
@@ -161,6 +163,9 @@ def compare_methods(
     """
     budgets = [Budget("kept", share) for share in kept]
     every = [choice.settings(settings) for choice in choices]  # all settings are checked before the first fit
+    geometry = AttentionGeometry.from_config(model.config)
+    for chosen in every:
+        sharings_of(chosen.sharing, geometry)
     rows: list[ComparisonRow] = []
     for n, (choice, chosen) in enumerate(zip(choices, every, strict=True)):
         name = f"{choice}:{choice.sharing}"

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from orthokv.allocate import Allocation, Plan, allocate, allocate_for_perplexity, check_reachable
 from orthokv.attention import Bases, Seam, seam_of
-from orthokv.basis import KEY_MODES, SHARINGS, KeyMode, Sharing
+from orthokv.basis import KEY_MODES, SHARING_CHOICES, KeyMode, SharingChoice
 from orthokv.budget import Budget
 from orthokv.capture import LayerTask, LayerWalk, view_layer
 from orthokv.checkpoint import Checkpoint, Form, record_measurements, write_checkpoint
@@ -34,6 +34,7 @@ from orthokv.evaluate import (
 )
 from orthokv.fingerprint import weight_fingerprints
 from orthokv.geometry import AttentionGeometry, check_key_mode, check_positions
+from orthokv.grouping import fit_layer, sharings_of
 from orthokv.methods import make_method
 from orthokv.profile import ErrorProfile, LayerProfile, measure_layer, spread_blocks
 from orthokv.progress import Reporter, Step, counter, silent
@@ -60,7 +61,7 @@ class FitSettings:
 
     Attributes:
         method: a key of :data:`orthokv.methods.METHODS`.
-        sharing, key_mode: see :mod:`orthokv.basis`.
+        sharing, key_mode: see :mod:`orthokv.basis`; ``auto`` fits every layer in several forms (:mod:`orthokv.grouping`).
         parameterisation, steps, epochs: settings of the method; None takes the method's default.
         refine_steps: steps of the last stage, all layers together (:mod:`orthokv.refine`); 0 leaves it out, None takes the
             method's default.
@@ -78,7 +79,7 @@ class FitSettings:
     """
 
     method: str = "oblique"
-    sharing: Sharing = "joint"
+    sharing: SharingChoice = "joint"
     key_mode: KeyMode = "pre"
     parameterisation: str | None = None
     steps: int | None = None
@@ -94,8 +95,8 @@ class FitSettings:
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        if self.sharing not in SHARINGS:
-            raise InvalidSetting(f"sharing must be one of {', '.join(SHARINGS)}, not {self.sharing!r}")
+        if self.sharing not in SHARING_CHOICES:
+            raise InvalidSetting(f"sharing must be one of {', '.join(SHARING_CHOICES)}, not {self.sharing!r}")
         if self.key_mode not in KEY_MODES:
             raise InvalidSetting(f"key mode must be one of {', '.join(KEY_MODES)}, not {self.key_mode!r}")
         if self.num_samples < 2:
@@ -254,10 +255,12 @@ def fit_layers(
         layers: which ones; the others are only run through. A layer's result does not depend on which others are fitted.
 
     Raises:
-        InvalidSetting: there is no such layer, or ``propagate`` is set and a layer before a wanted one is not fitted; or the
-            blocks do not cover the ``positions`` that are set (:func:`prepare_blocks` sees to it).
+        InvalidSetting: there is no such layer, ``propagate`` is set and a layer before a wanted one is not fitted, the KV
+            heads do not divide into the groups of ``sharing``, or the blocks do not cover the ``positions`` that are set
+            (:func:`prepare_blocks` sees to it).
     """
     geometry = AttentionGeometry.from_config(model.config)
+    sharings_of(settings.sharing, geometry)
     wanted = sorted(set(range(geometry.layers) if layers is None else layers))
     if wanted and not 0 <= wanted[0] <= wanted[-1] < geometry.layers:
         raise InvalidSetting(f"layers {wanted} are outside 0..{geometry.layers - 1}")
@@ -279,8 +282,9 @@ def fit_layers(
             if index in wanted:
                 view = view_layer(walk, seam, index, len(fitting))
                 # The seed of a layer is its own, so that a resumed fit continues exactly as an unbroken one.
-                fitted = method.fit(view, settings.sharing, settings.seed * 100_003 + index).stored()
-                yield measure_layer(view, fitted, settings.profile_samples)
+                seed = settings.seed * 100_003 + index
+                fitted = fit_layer(method, view, settings.sharing, seed, settings.profile_samples)
+                yield fitted
                 report(Step("fitting", wanted.index(index) + 1, len(wanted), "layers"))
                 if settings.propagate is not None:
                     ranks = [max(1, round(settings.propagate * b.width)) for b in (fitted.key, fitted.value)]
@@ -393,7 +397,8 @@ def measure_errors(
         for layer in profile.layers:
             walk.run(layer.index)
             task = LayerTask(layer.index, walk, seam, len(chosen))
-            layers.append(measure_layer(task, layer, settings.profile_samples))
+            measured = measure_layer(task, layer, settings.profile_samples, layer.sharing)
+            layers.append(replace(measured, candidates=layer.candidates))
             walk.advance()
             report(Step("measuring", layer.index + 1, len(profile.layers), "layers"))
     return replace(profile, layers=tuple(layers))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orthokv.attention import Bases
-from orthokv.basis import KEY_MODES, SHARINGS, Basis, KeyMode, Sharing
+from orthokv.basis import KEY_MODES, SHARING_CHOICES, SHARINGS, Basis, KeyMode, Sharing, SharingChoice
 from orthokv.capture import LayerTask
 from orthokv.dataset import evenly
 from orthokv.digests import SUMS, file_digest, verify_files
@@ -64,11 +65,30 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A form that a layer was fitted in to choose its sharing: its errors at shares of the layer's uncompressed bytes."""
+
+    sharing: Sharing
+    kept: tuple[float, ...]
+    error: tuple[float, ...]
+
+    @property
+    def mean_error(self) -> float:
+        """Geometric mean over the shares. Below 1e-6 an error is float32 rounding and counts as that."""
+        return math.exp(statistics.fmean(math.log(max(error, 1e-6)) for error in self.error))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Candidate:
+        return cls(data["sharing"], tuple(data["kept"]), tuple(data["error"]))
+
+
+@dataclass(frozen=True)
 class LayerProfile:
     """Bases of one layer at full rank and the error of its output over candidate ranks.
 
     Attributes:
         index: the layer.
+        sharing: which of its heads share a basis.
         key, value: bases at full rank, float32, on the CPU.
         ranks_key, ranks_value: candidate ranks per group, ascending; the last is the full rank.
         error: float64 ``[len(ranks_key), len(ranks_value)]``, ``||Z - Z~||_F / ||Z||_F`` on calibration blocks, measured.
@@ -77,9 +97,11 @@ class LayerProfile:
             only this layer compressed; None until :func:`orthokv.pipeline.sensitivities` has measured it.
         spectrum_key, spectrum_value: singular values ``[groups, width]`` where the method has them.
         spread: how the error varies over sequences; None where nothing was held out.
+        candidates: what ``sharing`` was chosen from, as measured then; empty where it was given.
     """
 
     index: int
+    sharing: Sharing
     key: Basis
     value: Basis
     ranks_key: tuple[int, ...]
@@ -90,6 +112,7 @@ class LayerProfile:
     spectrum_key: Tensor | None = None
     spectrum_value: Tensor | None = None
     spread: Spread | None = None
+    candidates: tuple[Candidate, ...] = ()
 
     def bases(self, rank_key: int, rank_value: int) -> Bases:
         return Bases(self.key.truncate(rank_key), self.value.truncate(rank_value))
@@ -110,6 +133,7 @@ class LayerProfile:
         """The readable part: everything but the bases."""
         return {
             "index": self.index,
+            "sharing": self.sharing,
             "ranks_key": list(self.ranks_key),
             "ranks_value": list(self.ranks_value),
             "groups_key": self.key.groups,
@@ -118,6 +142,7 @@ class LayerProfile:
             "cosine": self.cosine.tolist(),
             "sensitivity": self.sensitivity,
             "spread": None if self.spread is None else self.spread.to_dict(),
+            "candidates": [asdict(candidate) for candidate in self.candidates],
         }
 
     @classmethod
@@ -134,8 +159,11 @@ class LayerProfile:
         error = tensors[prefix + "error"]
         if tuple(error.shape) != (len(data["ranks_key"]), len(data["ranks_value"])):
             raise ValueError(f"layer {data['index']} has ranks for another table of errors")
+        if data["sharing"] not in SHARINGS:
+            raise ValueError(f"layer {data['index']} has sharing {data['sharing']!r}")
         return cls(
             index=int(data["index"]),
+            sharing=data["sharing"],
             key=basis("key"),
             value=basis("value"),
             ranks_key=tuple(data["ranks_key"]),
@@ -146,6 +174,7 @@ class LayerProfile:
             spectrum_key=tensors.get(prefix + "key.spectrum"),
             spectrum_value=tensors.get(prefix + "value.spectrum"),
             spread=None if data.get("spread") is None else Spread.from_dict(data["spread"]),
+            candidates=tuple(Candidate.from_dict(entry) for entry in data.get("candidates", ())),
         )
 
     def save(self, path: Path, geometry: AttentionGeometry) -> None:
@@ -172,11 +201,12 @@ class ErrorProfile:
 
     ``model`` holds id, revision, digest and weight fingerprint; ``dataset`` source, digest, number and length of samples;
     ``method`` the name and hyper-parameters of the fit. All are written into every checkpoint made from the profile.
+    ``sharing`` is what was asked for; under ``auto`` each layer has its own.
     """
 
     geometry: AttentionGeometry
     key_mode: KeyMode
-    sharing: Sharing
+    sharing: SharingChoice
     layers: tuple[LayerProfile, ...]
     model: dict[str, Any]
     dataset: dict[str, Any]
@@ -225,14 +255,18 @@ class ErrorProfile:
             raise InvalidCheckpoint(
                 f"{PROFILE_TENSORS} was altered: its sha256 is not the one in {PROFILE_JSON}"
             )
-        for name, allowed in (("key_mode", KEY_MODES), ("sharing", SHARINGS)):
+        for name, allowed in (("key_mode", KEY_MODES), ("sharing", SHARING_CHOICES)):
             if data.get(name) not in allowed:
                 raise InvalidCheckpoint(
                     f"{PROFILE_JSON}: {name} {data.get(name)!r} is not one of {', '.join(allowed)}"
                 )
         try:
             geometry = AttentionGeometry.from_dict(data["geometry"])
-            layers = tuple(LayerProfile.from_parts(entry, tensors, geometry) for entry in data["layers"])
+            # Profiles from before layers could differ name the sharing once.
+            layers = tuple(
+                LayerProfile.from_parts({"sharing": data["sharing"], **entry}, tensors, geometry)
+                for entry in data["layers"]
+            )
             profile = cls(
                 geometry=geometry,
                 key_mode=data["key_mode"],
@@ -275,7 +309,9 @@ def candidate_ranks(width: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def measure_layer(task: LayerTask, fitted: FittedBases | LayerProfile, samples: int) -> LayerProfile:
+def measure_layer(
+    task: LayerTask, fitted: FittedBases | LayerProfile, samples: int, sharing: Sharing
+) -> LayerProfile:
     """Measure a layer's error at every pair of candidate ranks, on ``samples`` evenly chosen calibration blocks.
 
     At one pair, a quarter of both widths, it is also measured sequence by sequence, on held-out ones too.
@@ -296,6 +332,7 @@ def measure_layer(task: LayerTask, fitted: FittedBases | LayerProfile, samples: 
             error[i, j], cosine[i, j] = found.error, found.cosine
     return LayerProfile(
         index=task.index,
+        sharing=sharing,
         key=fitted.key,
         value=fitted.value,
         ranks_key=ranks_key,

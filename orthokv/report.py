@@ -15,7 +15,10 @@ _FILE_SUFFIX = re.compile(r"\.(jsonl?|ndjson|txt|md|parquet|gz|zst|csv)$", re.IG
 _SHARING = {
     "head": "a basis for every KV head",
     "tied": "one key basis used by all KV heads of a layer, a value basis for every KV head",
+    "pair": "one basis over every 2 neighbouring KV heads",
+    "quad": "one basis over every 4 neighbouring KV heads",
     "joint": "one basis over the concatenated KV heads of a layer",
+    "auto": "each layer has the narrowest groups of heads that are nearly as good as the best at equal bytes",
 }
 _FILES = {
     "orthokv.json": "ranks, geometry, origin and measurements",
@@ -165,14 +168,16 @@ def _rank_table(config: dict[str, Any]) -> list[str]:
     width = heads * head_dim
     expected = (config.get("plan") or {}).get("expected_error") or []
     measured = (config.get("measured") or {}).get("layer_error") or []
-    head = ["layer"]
+    # Where layers differ, each names its own.
+    chosen = config["sharing"] == "auto"
+    head = ["layer", *(["sharing"] if chosen else [])]
     for side in ("keys", "values"):
         head += [f"{side}: per head", "layer total", "of width"]
     columns = [("error, expected", expected), ("error, measured", measured)]
     columns = [(label, values) for label, values in columns if len(values) == len(ranks)]
     rows: list[list[str]] = []
     for i, entry in enumerate(ranks):
-        row = [str(i)]
+        row = [str(i), *([entry["sharing"]] if chosen else [])]
         for side in ("key", "value"):
             total = entry[side]["total"]
             row += [f"{entry[side]['per_head']:g}", str(total), percent(total / width)]

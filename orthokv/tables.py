@@ -48,13 +48,20 @@ def _rank(total: int, per_head: float, width: int) -> list[str]:
 
 
 def profile_table(profile: ErrorProfile) -> Table:
-    """One line a layer: widths, the error where half and a quarter of the cache are kept, and sensitivity."""
+    """One line a layer: widths, the error where half and a quarter of the cache are kept, and sensitivity.
+
+    Where the sharing was chosen by layer, also the choice and the mean errors at equal bytes that it was made by.
+    """
     method = profile.method.get("name", "?")
     title = (
         f"{method}:{profile.sharing}, {KEY_MODES_IN_WORDS[profile.key_mode]}; error of each layer's output"
     )
     head = ("key width", "value width", "error, 50 % kept", "error, 25 % kept", "sensitivity")
-    table = _table(title, (), ("layer", *head))
+    compared = list(dict.fromkeys(c.sharing for layer in profile.layers for c in layer.candidates))
+    if compared:
+        title += f"; {', '.join(compared)}: mean error at equal bytes"
+    chosen = ("sharing", *compared) if profile.sharing == "auto" else ()
+    table = _table(title, (), ("layer", *head, *chosen))
     for layer in profile.layers:
         errors = [error_at(layer, share) for share in (0.5, 0.25)]
         table.add_row(
@@ -62,6 +69,7 @@ def profile_table(profile: ErrorProfile) -> Table:
             *(f"{b.groups} x {b.width}" if b.groups > 1 else str(b.width) for b in (layer.key, layer.value)),
             *("-" if error is None else number(error, 3) for error in errors),
             "-" if layer.sensitivity is None else number(layer.sensitivity, 3),
+            *((layer.sharing, *(number(c.mean_error, 3) for c in layer.candidates)) if chosen else ()),
         )
     return table
 

@@ -32,7 +32,7 @@ from orthokv.geometry import AttentionGeometry
 from orthokv.profile import ErrorProfile, LayerProfile, candidate_ranks
 from orthokv.rankgrid import RankGrid, interpolate
 from orthokv.runtime.measure import live_bytes_per_token
-from tests.tiny import tiny_config
+from tests.tiny import GROUPINGS, tiny_config
 
 claim = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 
@@ -63,7 +63,7 @@ def layer_profile(
     error = scale * (lost[0].unsqueeze(1) ** 2 + 0.5 * lost[1].unsqueeze(0) ** 2).sqrt()
     key, value = spectra or (None, None)
     return LayerProfile(
-        index, bases[0], bases[1], ranks[0], ranks[1], error, 1 - error / 10, sensitivity, key, value
+        index, sharing, bases[0], bases[1], ranks[0], ranks[1], error, 1 - error / 10, sensitivity, key, value
     )
 
 
@@ -136,7 +136,7 @@ def test_a_plan_stays_within_its_bytes(
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "opt"])
 @pytest.mark.parametrize("key_mode", KEY_MODES)
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_the_bytes_of_a_plan_are_those_of_a_live_cache(
     sharing: Sharing, key_mode: KeyMode, architecture: str
 ) -> None:

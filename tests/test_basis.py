@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from orthokv.basis import (
+    GROUP_HEADS,
     RETRACTIONS,
     SHARINGS,
     Basis,
@@ -53,8 +54,8 @@ def basis_of(
 @st.composite
 def bases(draw: st.DrawFn) -> Basis:
     return basis_of(
-        draw(st.sampled_from(SHARINGS)),
-        draw(st.integers(1, 4)),
+        sharing := draw(st.sampled_from(SHARINGS)),
+        draw(st.integers(1, 4)) * GROUP_HEADS.get(sharing, 1),
         draw(st.integers(1, 6)),
         draw(seeds),
         keys=draw(st.booleans()),
@@ -79,6 +80,10 @@ def projector(matrix: Tensor) -> Tensor:
         ("head", False, (4, 8)),
         ("tied", True, (1, 8)),
         ("tied", False, (4, 8)),  # the papers tie the keys only
+        ("pair", True, (2, 16)),
+        ("pair", False, (2, 16)),
+        ("quad", True, (1, 32)),
+        ("quad", False, (1, 32)),
         ("joint", True, (1, 32)),
         ("joint", False, (1, 32)),
     ],
@@ -87,6 +92,15 @@ def test_width_and_stored_groups_of_each_sharing(
     sharing: Sharing, keys: bool, expected: tuple[int, int]
 ) -> None:
     assert group_width(sharing, 4, 8, keys=keys) == expected
+
+
+@pytest.mark.parametrize(("sharing", "heads", "group"), [("pair", 3, 2), ("pair", 1, 2), ("quad", 6, 4)])
+@pytest.mark.parametrize("keys", [True, False])
+def test_groups_that_do_not_divide_the_heads_are_refused_with_their_number(
+    sharing: Sharing, heads: int, group: int, keys: bool
+) -> None:
+    with pytest.raises(InvalidSetting, match=f"'{sharing}' makes groups of {group} .* this model's {heads}$"):
+        group_width(sharing, heads, 8, keys=keys)
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -120,6 +134,22 @@ def test_a_joint_latent_is_the_concatenated_heads_times_the_encoder() -> None:
     torch.testing.assert_close(basis.encode(x)[0, 0], rows @ basis.encoder[0])
     rebuilt = rows @ basis.encoder[0] @ basis.decoder[0].T
     torch.testing.assert_close(basis.decode(basis.encode(x))[0, 2], rebuilt[:, 8:])
+
+
+@pytest.mark.parametrize(("sharing", "group"), [("pair", 2), ("quad", 4)])
+def test_a_latent_of_a_group_is_its_neighbouring_heads_times_its_own_encoder(
+    sharing: Sharing, group: int
+) -> None:
+    basis = basis_of(sharing, 8, 4, 0, oblique=True).truncate(5)
+    x = gaussian(1, 8, 7, 4, seed=1)
+    assert (basis.groups, basis.width) == (8 // group, 4 * group)
+    for number in range(basis.groups):
+        rows = torch.cat([x[0, number * group + head] for head in range(group)], dim=-1)
+        latent = rows @ basis.encoder[number]
+        torch.testing.assert_close(basis.encode(x)[0, number], latent)
+        rebuilt = (latent @ basis.decoder[number].T).view(7, group, 4).transpose(0, 1)
+        found = basis.decode(basis.encode(x))[0, number * group : (number + 1) * group]
+        torch.testing.assert_close(found, rebuilt)
 
 
 @pytest.mark.parametrize("sharing", ["head", "tied"])

@@ -31,7 +31,7 @@ from transformers import (
 import orthokv
 from orthokv.allocate import Plan, allocate
 from orthokv.attention import seam_of
-from orthokv.basis import KEY_MODES, SHARINGS
+from orthokv.basis import KEY_MODES
 from orthokv.budget import Budget
 from orthokv.checkpoint import (
     CARD,
@@ -55,7 +55,15 @@ from orthokv.errors import (
 )
 from orthokv.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
 from orthokv.source import ModelSource, resolve_model
-from tests.tiny import ARCHITECTURES, EAGER_ONLY, tiny_folder, tiny_model, tiny_profile, tiny_tokens
+from tests.tiny import (
+    ARCHITECTURES,
+    EAGER_ONLY,
+    GROUPINGS,
+    tiny_folder,
+    tiny_model,
+    tiny_profile,
+    tiny_tokens,
+)
 
 FILES = (CONFIG, TENSORS, PROFILE_JSON, PROFILE_TENSORS, CARD, SUMS)
 MEASURED: dict[str, Any] = {
@@ -177,7 +185,7 @@ def test_what_is_read_is_what_was_written(
     assert ErrorProfile.load(tmp_path / "out").to_dict() == made.profile.to_dict()
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 @pytest.mark.parametrize("key_mode", KEY_MODES)
 @pytest.mark.parametrize("method", ["eigen", "weighted"])
 def test_every_kind_of_basis_goes_through_a_file(
@@ -526,6 +534,22 @@ def test_tensors_that_cannot_be_bases_are_refused_by_name(
         read_checkpoint(adapter)
 
 
+def test_a_checkpoint_from_before_layers_could_differ_is_read(adapter: Path) -> None:
+    edited(adapter, lambda c: [entry.pop("sharing") for entry in c["ranks"]])
+    assert read_checkpoint(adapter).sharing == "joint"
+
+
+def test_groups_that_do_not_divide_the_heads_are_refused_as_a_fault_of_the_file(adapter: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        for entry in (config, *config["ranks"]):
+            entry["sharing"] = "pair"
+        config["geometry"]["kv_heads"] = 3
+
+    edited(adapter, change)
+    with pytest.raises(InvalidCheckpoint, match="layer 0: sharing 'pair' makes groups of 2"):
+        read_checkpoint(adapter)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -536,6 +560,13 @@ def test_tensors_that_cannot_be_bases_are_refused_by_name(
         (lambda c: c["geometry"].update(colour="red"), "colour"),
         (lambda c: c.update(key_mode="during"), "'during'"),
         (lambda c: c.update(sharing="none"), "'none'"),
+        (lambda c: c["ranks"][1].update(sharing="auto"), "sharing of a layer 'auto'"),
+        (lambda c: c["ranks"][1].update(sharing="pair"), "sharing of a layer 'pair'"),
+        (
+            lambda c: [c.update(sharing="auto"), c["ranks"][0].update(sharing="pair")],
+            r"layer 0: key rank \d+ is outside 1\.\.16",
+        ),
+        (lambda c: [c.update(sharing="auto"), c["ranks"][2].pop("sharing")], "sharing of a layer 'auto'"),
         (lambda c: c.update(codec={"name": "zip"}), "'zip'"),
         (lambda c: c["ranks"].pop(), "ranks for 2 layers, its model has 3"),
         (lambda c: c["ranks"][1]["key"].update(rank=33), r"layer 1: key rank 33 is outside 1\.\.32"),

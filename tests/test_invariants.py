@@ -19,15 +19,24 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import orthokv
 from orthokv.allocate import LATENT_BYTES, Plan, position_bytes
-from orthokv.basis import KEY_MODES, SHARINGS, KeyMode, Sharing
+from orthokv.basis import KEY_MODES, KeyMode, SharingChoice
 from orthokv.budget import Budget
 from orthokv.checkpoint import Checkpoint, write_checkpoint
 from orthokv.dataset import Blocks, TextSource
 from orthokv.geometry import STATIC_ROPE, AttentionGeometry, rope_types
+from orthokv.grouping import sharings_of
 from orthokv.pipeline import FitSettings, build_profile, compress, fit_layers, prepare_blocks
 from orthokv.profile import ErrorProfile, LayerProfile
 from orthokv.source import ModelSource, load_model, resolve_model
-from tests.tiny import ARCHITECTURES, FAMILIES, VARIANTS, tiny_config, tiny_folder, tiny_text
+from tests.tiny import (
+    ARCHITECTURES,
+    FAMILIES,
+    LAYERS,
+    VARIANTS,
+    tiny_config,
+    tiny_folder,
+    tiny_text,
+)
 
 
 def key_modes(name: str) -> list[KeyMode]:
@@ -36,10 +45,14 @@ def key_modes(name: str) -> list[KeyMode]:
     return [mode for mode in KEY_MODES if mode == "post" or types <= set(STATIC_ROPE)]
 
 
-def sharings(name: str) -> tuple[Sharing, ...]:
+def sharings(name: str) -> tuple[SharingChoice, ...]:
     if name not in ARCHITECTURES:
         return ("joint",)
-    return SHARINGS if name in FAMILIES else ("tied", "joint")
+    if name not in FAMILIES:
+        return ("tied", "joint")
+    # Pairs are among the layers of auto, too; opt has 8 KV heads, so that four of them are not all.
+    alone: dict[str, tuple[SharingChoice, ...]] = {"llama": ("pair",), "opt": ("quad",)}
+    return ("head", "tied", "joint", "auto", *alone.get(name, ()))
 
 
 CASES = [(name, mode, sharing) for name in VARIANTS for mode in key_modes(name) for sharing in sharings(name)]
@@ -83,13 +96,24 @@ def planned(profile: ErrorProfile, shares: tuple[tuple[float, float], ...]) -> P
     )
 
 
-def make_case(name: str, key_mode: KeyMode, sharing: Sharing, folder: Path, **changes: Any) -> Case:
+def fit(model: PreTrainedModel, blocks: Blocks, settings: FitSettings) -> list[LayerProfile]:
+    """For ``auto`` the layers take its forms in turn, so that one cache holds groups of several widths."""
+    if settings.sharing != "auto":
+        return list(fit_layers(model, blocks, settings))
+    forms = sharings_of("auto", AttentionGeometry.from_config(model.config))
+    return [
+        layer
+        for index in range(LAYERS)
+        for layer in fit_layers(model, blocks, replace(settings, sharing=forms[index % len(forms)]), [index])
+    ]
+
+
+def make_case(name: str, key_mode: KeyMode, sharing: SharingChoice, folder: Path, **changes: Any) -> Case:
     source = resolve_model(str(tiny_folder(folder / "model", name, **changes)))
     model = load_model(source)
     blocks = Blocks.of(torch.randint(2, 99, (4, 24), generator=torch.Generator().manual_seed(3)), "random")
     settings = FitSettings("eigen", sharing, key_mode, num_samples=4, sequence_length=24, profile_samples=1)
-    layers = list(fit_layers(model, blocks, settings))
-    profile = build_profile(model, source, blocks, layers, settings)
+    profile = build_profile(model, source, blocks, fit(model, blocks, settings), settings)
     low = write_checkpoint(profile, planned(profile, LOW_RANK), folder / "low", form="full", base=source)
     full = write_checkpoint(profile, planned(profile, ((1.0, 1.0),) * 3), folder / "full")
     return Case(f"{name}-{key_mode}-{sharing}", model, source, low, full)
@@ -97,7 +121,9 @@ def make_case(name: str, key_mode: KeyMode, sharing: Sharing, folder: Path, **ch
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda c: "-".join(c))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return make_case(*cast(tuple[str, KeyMode, Sharing], request.param), tmp_path_factory.mktemp("case"))
+    return make_case(
+        *cast(tuple[str, KeyMode, SharingChoice], request.param), tmp_path_factory.mktemp("case")
+    )
 
 
 @pytest.fixture

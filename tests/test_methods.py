@@ -16,9 +16,9 @@ from torch import Tensor
 
 from orthokv.attention import Bases, Seam
 from orthokv.basis import (
+    GROUP_HEADS,
     KEY_MODES,
     RETRACTIONS,
-    SHARINGS,
     KeyMode,
     Sharing,
     group_width,
@@ -28,7 +28,12 @@ from orthokv.basis import (
 from orthokv.capture import LayerView, LayerWalk, view_layer
 from orthokv.errors import InvalidModel, InvalidSetting
 from orthokv.methods import METHODS, Eigen, FittedBases, Method, Oblique, Stiefel, Weighted, make_method
-from orthokv.methods.base import block_diagonal, descending_eigh, grouped_moment, query_moment
+from orthokv.methods.base import (
+    descending_eigh,
+    diagonal_groups,
+    grouped_moment,
+    query_moment,
+)
 from orthokv.methods.learning import LARGEST_SHARE, SMALLEST_SHARE, rank_pairs
 from orthokv.methods.predictor import (
     BLOCKS_KEY,
@@ -42,7 +47,7 @@ from orthokv.methods.predictor import (
 from orthokv.methods.stiefel import Start
 from orthokv.methods.weighted import value_weighting, whiten
 from orthokv.pipeline import FitSettings, fit_layers
-from tests.tiny import ARCHITECTURES, FAMILIES, tiny_blocks, tiny_model
+from tests.tiny import ARCHITECTURES, FAMILIES, GROUPINGS, tiny_blocks, tiny_model
 
 claim = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 
@@ -103,7 +108,7 @@ def same(a: FittedBases, b: FittedBases) -> bool:
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("key_mode", KEY_MODES)
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 @pytest.mark.parametrize("name", QUICK)
 def test_a_fit_gives_finite_full_rank_bases_of_the_right_shape(
     name: str, sharing: Sharing, key_mode: KeyMode, architecture: str
@@ -126,7 +131,7 @@ def test_a_fit_gives_finite_full_rank_bases_of_the_right_shape(
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 @pytest.mark.parametrize("key_mode", KEY_MODES)
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 @pytest.mark.parametrize("method", [Eigen(), Weighted()], ids=["eigen", "weighted"])
 def test_at_full_rank_the_layer_is_unchanged(
     method: Method, sharing: Sharing, key_mode: KeyMode, architecture: str
@@ -138,7 +143,7 @@ def test_at_full_rank_the_layer_is_unchanged(
     assert found.cosine == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 @pytest.mark.parametrize("name", ["eigen", "weighted", "stiefel"])
 def test_a_wider_prefix_has_a_smaller_error(name: str, sharing: Sharing) -> None:
     view = view_of()
@@ -186,7 +191,7 @@ def test_a_fit_leaves_the_layer_uncompressed(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["stiefel", "oblique", "eigen"])
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_some_layers_alone_are_fitted_as_among_all(sharing: Sharing, method: str) -> None:
     """What lets independent workers fit one model, and a killed fit resume."""
     model, blocks = tiny_model("llama"), tiny_blocks(4, 16)
@@ -271,7 +276,7 @@ def test_moments_are_those_of_the_activations(key_mode: KeyMode, architecture: s
         expected = rows.T @ rows / len(rows)
         torch.testing.assert_close(getattr(moments, name), expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(getattr(moments, f"{name}_mean"), rows.mean(0), rtol=1e-9, atol=1e-9)
-        for head, block in enumerate(moments.per_head(name)):
+        for head, block in enumerate(diagonal_groups(getattr(moments, name), geometry.head_dim)):
             rows = getattr(seen, name)[:, head].reshape(-1, geometry.head_dim)
             torch.testing.assert_close(block, rows.T @ rows / len(rows), rtol=1e-9, atol=1e-9)
     repeats = geometry.heads // geometry.kv_heads
@@ -295,7 +300,9 @@ def test_values_are_weighted_by_the_output_projection_of_the_heads_that_read_the
             columns = view.output_weight[:, reader * geometry.head_dim : (reader + 1) * geometry.head_dim]
             expected += columns.T @ columns
         torch.testing.assert_close(weighting[head], expected)
-    torch.testing.assert_close(value_weighting(view, "joint"), block_diagonal(weighting))
+    torch.testing.assert_close(value_weighting(view, "joint")[0], torch.block_diag(*weighting))
+    for pair, found in enumerate(value_weighting(view, "pair")):
+        torch.testing.assert_close(found, torch.block_diag(*weighting[2 * pair : 2 * pair + 2]))
 
 
 def test_the_error_of_a_view_is_that_of_the_layer_with_rebuilt_keys_and_values() -> None:
@@ -312,12 +319,11 @@ def test_the_error_of_a_view_is_that_of_the_layer_with_rebuilt_keys_and_values()
 
 def grouped_rows(x: Tensor, sharing: Sharing, *, keys: bool) -> list[Tensor]:
     """The tall activation matrix of every stored group."""
-    batch, heads, tokens, d = x.shape
-    if sharing == "joint":
-        return [x.transpose(1, 2).reshape(batch * tokens, heads * d)]
+    _, heads, _, d = x.shape
     if sharing == "tied" and keys:
         return [x.reshape(-1, d)]
-    return [x[:, head].reshape(-1, d) for head in range(heads)]
+    group = heads if sharing == "joint" else GROUP_HEADS[sharing]
+    return [part.transpose(1, 2).reshape(-1, group * d) for part in x.split(group, dim=1)]
 
 
 def span_error(found: Tensor, expected: Tensor) -> float:
@@ -327,7 +333,7 @@ def span_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "opt"])
 @pytest.mark.parametrize("key_mode", KEY_MODES)
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_eigen_is_the_svd_of_the_activations(sharing: Sharing, key_mode: KeyMode, architecture: str) -> None:
     view, seen = layer_of(architecture, key_mode)
     fitted = Eigen().fit(view, sharing, 0)
@@ -382,7 +388,7 @@ def quadratic_form(moment: Tensor, weighting: Tensor, rebuild: Tensor) -> float:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_weighted_beats_eigen_and_random_alternatives_at_its_own_quadratic_form(
     sharing: Sharing, architecture: str
 ) -> None:
@@ -442,7 +448,7 @@ def test_the_closed_form_reaches_the_best_possible_value_of_its_form(
 
 def test_latents_of_the_weighted_form_fit_16_bits() -> None:
     view, seen = layer_of("llama", "pre")
-    for sharing in SHARINGS:
+    for sharing in GROUPINGS:
         fitted = Weighted().fit(view, sharing, 0)
         for basis, x in ((fitted.key, seen.key), (fitted.value, seen.value)):
             torch.testing.assert_close(basis.encoder.norm(dim=-2), basis.decoder.norm(dim=-2))
@@ -450,7 +456,7 @@ def test_latents_of_the_weighted_form_fit_16_bits() -> None:
 
 
 @pytest.mark.parametrize("name", ["weighted", "oblique"])
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_a_head_that_the_output_projection_ignores_still_gets_finite_bases(
     sharing: Sharing, name: str
 ) -> None:
@@ -485,7 +491,7 @@ def start_of(method: Stiefel, view: LayerView, sharing: Sharing) -> FittedBases:
     return FittedBases(key, value, {})
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 @pytest.mark.parametrize("start", get_args(Start))
 def test_stiefel_lowers_the_error_of_the_layer_below_its_start_at_middle_ranks(
     start: Any, sharing: Sharing
@@ -496,7 +502,7 @@ def test_stiefel_lowers_the_error_of_the_layer_below_its_start_at_middle_ranks(
     assert all(a < b for a, b in zip(after, before, strict=True)), (before, after)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_oblique_lowers_the_error_of_the_layer_below_the_closed_form_at_middle_ranks(
     sharing: Sharing,
 ) -> None:
@@ -506,7 +512,7 @@ def test_oblique_lowers_the_error_of_the_layer_below_the_closed_form_at_middle_r
     assert all(a < b for a, b in zip(after, before, strict=True)), (before, after)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 @pytest.mark.parametrize("name", ["stiefel", "oblique"])
 def test_one_fit_serves_all_ranks_the_large_ones_too(name: str, sharing: Sharing) -> None:
     """Training all ranks at once costs something at the largest ones (decision 5), but never a multiple."""
@@ -519,7 +525,7 @@ def test_one_fit_serves_all_ranks_the_large_ones_too(name: str, sharing: Sharing
     assert all(a < 2 * b for a, b in zip(after, before, strict=True)), (before, after)
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_oblique_at_full_rank_is_no_worse_than_at_three_quarters(sharing: Sharing) -> None:
     view = view_of()
     most, full = errors_at(view, Oblique(steps=200).fit(view, sharing, 0), (3 / 4, 1.0))

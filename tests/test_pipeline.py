@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 import orthokv
 from orthokv.allocate import allocate
 from orthokv.attention import Bases, Seam, seam_of
-from orthokv.basis import KEY_MODES, SHARINGS
+from orthokv.basis import KEY_MODES
 from orthokv.budget import Budget
 from orthokv.capture import LayerTask, LayerWalk, view_layer
 from orthokv.checkpoint import read_checkpoint, write_checkpoint
@@ -46,6 +46,7 @@ from orthokv.progress import Step
 from orthokv.source import ModelSource, load_model, resolve_model
 from tests.tiny import (
     ARCHITECTURES,
+    GROUPINGS,
     LAYERS,
     SLIDING_WINDOW,
     tiny_blocks,
@@ -155,7 +156,7 @@ def test_layers_that_the_model_does_not_have_are_refused(layers: list[int]) -> N
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_the_profile_holds_the_errors_that_a_view_measures(architecture: str, sharing: Any) -> None:
     model = tiny_model(architecture)
     chosen = FitSettings(
@@ -302,7 +303,7 @@ def test_quality_is_perplexity_and_divergence_as_the_textbook_has_them(
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "opt"])
 @pytest.mark.parametrize("key_mode", KEY_MODES)
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_the_measured_cache_is_the_planned_cache(
     architecture: str, key_mode: str, sharing: str, profile: Callable[..., ErrorProfile]
 ) -> None:

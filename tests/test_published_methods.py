@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthokv.basis import KEY_MODES, SHARINGS, KeyMode, Sharing
+from orthokv.basis import KEY_MODES, KeyMode, Sharing
 from orthokv.capture import LayerView
 from orthokv.errors import UnsupportedModel
 from orthokv.methods import Eigen, Palu, Weighted
 from tests.test_methods import LAYER, layer_of, span_error, view_of
+from tests.tiny import GROUPINGS
 
 
 def readers(x: Tensor, head: int, kv_heads: int) -> Tensor:
@@ -73,7 +74,7 @@ def inputs_of(view: LayerView) -> Tensor:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 @pytest.mark.parametrize("whitened", [True, False])
 def test_palu_is_the_svd_of_the_whitened_weights(whitened: bool, sharing: Sharing, architecture: str) -> None:
     """As released: the Cholesky factor of the input moment times the columns of the weight that belong to a group."""
@@ -85,12 +86,10 @@ def test_palu_is_the_svd_of_the_whitened_weights(whitened: bool, sharing: Sharin
     attention = view.seam.modules[LAYER]
     for basis, projection in ((fitted.key, attention.k_proj), (fitted.value, attention.v_proj)):
         heads = (root @ projection.weight.double().T).view(-1, geometry.kv_heads, geometry.head_dim)  # type: ignore[union-attr, operator]
-        if basis.groups == 1:
-            groups = [heads.flatten(1)]
-        elif len(basis.encoder) == 1:  # one basis for all heads: their weights stand below each other
+        if len(basis.encoder) < basis.groups:  # one basis for all heads: their weights stand below each other
             groups = [heads.transpose(0, 1).flatten(0, 1)]
         else:
-            groups = list(heads.transpose(0, 1))
+            groups = [part.flatten(1) for part in heads.split(basis.width // geometry.head_dim, dim=1)]
         for group, tall in enumerate(groups):
             vt = torch.linalg.svd(tall, full_matrices=False)[2]
             for rank in (1, basis.width // 2, basis.width - 1):
@@ -99,7 +98,7 @@ def test_palu_is_the_svd_of_the_whitened_weights(whitened: bool, sharing: Sharin
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
-@pytest.mark.parametrize("sharing", SHARINGS)
+@pytest.mark.parametrize("sharing", GROUPINGS)
 def test_whitened_palu_is_eigen_where_keys_are_linear_in_the_input(
     sharing: Sharing, architecture: str
 ) -> None:

@@ -68,7 +68,7 @@ def layer_of(
     value = weight * (torch.exp(-2.6 * shares[1]) - math.exp(-2.6))
     error = (key[:, None] ** 2 + value[None, :] ** 2).sqrt()
     sensitivity = 0.2 + 3 * math.exp(-index / 3) if sensitive else None
-    return LayerProfile(index, *bases, *ranks, error, 1 - error**2 / 2, sensitivity)
+    return LayerProfile(index, sharing, *bases, *ranks, error, 1 - error**2 / 2, sensitivity)
 
 
 def profile_of(

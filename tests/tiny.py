@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreT
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from orthokv.architectures import ARCHITECTURES as REGISTRY
+from orthokv.basis import Sharing
 from orthokv.dataset import Blocks
 from orthokv.pipeline import FitSettings, build_profile, fit_layers
 from orthokv.profile import ErrorProfile
@@ -28,6 +29,8 @@ ARCHITECTURES: tuple[str, ...] = tuple(REGISTRY)
 # One for each kind of attention, for tests that multiply by something else: plain, windows with two rotary tables and norms, no
 # rotary embedding, sinks, layers without positions, a forward of our own.
 FAMILIES = ("llama", "gemma3_text", "opt", "gpt_oss", "smollm3", "mpt")
+# Which heads share, as far as it makes a difference with the 4 KV heads that most of these models have: ``quad`` is ``joint``.
+GROUPINGS: tuple[Sharing, ...] = ("head", "tied", "pair", "joint")
 # Softcaps, sinks and ALiBi are not in PyTorch's own attention: transformers refuses or ignores ``sdpa`` for these.
 EAGER_ONLY = ("gemma2", "gpt_oss", "mpt")
 

@@ -63,7 +63,10 @@ class Method(Body):
     """How the bases are fitted."""
 
     type: Literal["oblique", "stiefel", "weighted", "eigen"] = "oblique"
-    sharing: Literal["head", "tied", "joint"] = "joint"
+    sharing: Literal["head", "tied", "pair", "quad", "joint", "auto"] = Field(
+        "joint",
+        description="Which heads of a layer share a basis; `auto`: each layer has its best group of 2, 4 or all.",
+    )
     key_mode: Literal["pre", "post"] = "pre"
     parameterisation: Literal["direct", "predictor"] = "direct"
     steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(

@@ -58,29 +58,36 @@ def grouped_moment(view: LayerView, sharing: Sharing, name: str) -> Tensor:
     geometry = view.geometry
     keys = name == "key"
     stored, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=keys)
-    if width == geometry.kv_width and stored == 1 and sharing == "joint":
-        return (view.moments.key if keys else view.moments.value).unsqueeze(0)
-    blocks = view.moments.per_head(name)
-    return blocks.sum(0, keepdim=True) if stored == 1 else blocks
+    groups = diagonal_groups(view.moments.key if keys else view.moments.value, width)
+    return groups if len(groups) == stored else groups.sum(0, keepdim=True)
 
 
-def block_diagonal(blocks: Tensor) -> Tensor:
-    """``[heads, d, d]`` -> ``[1, heads * d, heads * d]``."""
-    heads, d, _ = blocks.shape
-    joint = blocks.new_zeros(heads, d, heads, d)
-    joint[range(heads), :, range(heads)] = blocks
-    return joint.view(1, heads * d, heads * d)
+def diagonal_groups(joint: Tensor, width: int) -> Tensor:
+    """The blocks on the diagonal of a joint moment ``[n, n]``, one a group: ``[n // width, width, width]``."""
+    groups = len(joint) // width
+    blocks = joint.view(groups, width, groups, width).diagonal(dim1=0, dim2=2)
+    return blocks.permute(2, 0, 1).contiguous()
+
+
+def block_diagonal(blocks: Tensor, heads: int | None = None) -> Tensor:
+    """``[kv_heads, d, d]`` -> ``[groups, heads * d, heads * d]``: ``heads`` neighbours are a group (None: all of them)."""
+    count, d, _ = blocks.shape
+    heads = count if heads is None else heads
+    every = range(heads)
+    groups = blocks.new_zeros(heads, heads, count // heads, d, d)
+    groups[every, every] = blocks.view(-1, heads, d, d).transpose(0, 1)
+    return groups.permute(2, 0, 3, 1, 4).reshape(-1, heads * d, heads * d)
 
 
 def query_moment(view: LayerView, sharing: Sharing) -> Tensor:
     """Second moment of the queries that read each group's keys: how strongly each direction of the keys is read.
 
-    ``[stored groups, width, width]``, float64. Queries of different KV heads never meet, so a joint group has one block a head.
+    ``[stored groups, width, width]``, float64. Queries of different KV heads never meet, so a group has one block a head.
     """
-    query = view.moments.query
-    if sharing == "joint":
-        return block_diagonal(query)
-    return query.sum(0, keepdim=True) if sharing == "tied" else query
+    geometry, query = view.geometry, view.moments.query
+    stored, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=True)
+    groups = block_diagonal(query, width // geometry.head_dim)
+    return groups if len(groups) == stored else groups.sum(0, keepdim=True)
 
 
 def descending_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

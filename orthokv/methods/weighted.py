@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from orthokv.basis import Basis, Sharing
+from orthokv.basis import Basis, Sharing, group_width
 from orthokv.capture import LayerView
 from orthokv.methods.base import FittedBases, block_diagonal, descending_eigh, grouped_moment, query_moment
 
@@ -44,7 +44,8 @@ def value_weighting(view: LayerView, sharing: Sharing) -> Tensor:
     heads, head_dim = geometry.kv_heads, geometry.head_dim
     per_query_head = view.output_weight.T.reshape(heads, geometry.heads // heads, head_dim, -1)
     blocks = (per_query_head @ per_query_head.transpose(-1, -2)).sum(1)
-    return block_diagonal(blocks) if sharing == "joint" else blocks
+    _, width = group_width(sharing, heads, head_dim, keys=False)
+    return block_diagonal(blocks, width // head_dim)
 
 
 def whiten(moment: Tensor, weighting: Tensor) -> Whitened:

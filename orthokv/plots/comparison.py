@@ -15,8 +15,15 @@ from orthokv.wording import KEY_MODES_IN_WORDS, percent
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_LINES = {"joint": "-", "tied": (0, (5, 2)), "head": (0, (1.5, 1.5))}
-_MARKERS = {"joint": "o", "tied": "s", "head": "^"}
+_LINES = {
+    "joint": "-",
+    "auto": (0, (8, 1.5, 1.5, 1.5)),
+    "quad": (0, (7, 2)),
+    "pair": (0, (3, 1.5)),
+    "tied": (0, (5, 2)),
+    "head": (0, (1.5, 1.5)),
+}
+_MARKERS = {"joint": "o", "auto": "*", "quad": "p", "pair": "P", "tied": "s", "head": "^"}
 
 
 def _ratio_ticks(low: float, high: float) -> list[float]:
