@@ -122,6 +122,12 @@ def submit(
     ] = None,
     num_samples: int = 64,
     sequence_length: int = 1024,
+    positions: Annotated[
+        int | None,
+        typer.Option(
+            help="Key mode post: positions to calibrate over. Default: the model's longest context."
+        ),
+    ] = None,
     field: Annotated[str, typer.Option(help="Where a JSONL or Parquet row has its text.")] = "text",
     dataset_format: Annotated[
         str | None, typer.Option("--format", help="jsonl, text or parquet; by default from the file's name.")
@@ -150,6 +156,7 @@ def submit(
             "parameterisation": parameterisation,
             "steps": steps,
             "refine_steps": refine_steps,
+            "positions": positions,
         },
         "form": form,
         "rank_multiple": rank_multiple,

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from orthokv.architectures import architecture_of
 from orthokv.attention import Bases, LayerBases, Seam
 from orthokv.errors import InvalidModel, StorageError
-from orthokv.geometry import AttentionGeometry, decoder_layers
+from orthokv.geometry import AttentionGeometry, check_positions, decoder_layers
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,17 @@ class LayerMoments:
 
 
 class _Stop(Exception):
-    """Ends a forward once the first layer's input is known."""
+    """Ends a forward once what was to be seen of it is known."""
+
+
+def _sharing(arguments: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` with the tensors of ``known`` where they are equal: a mask, the largest, is so at every start."""
+
+    def shared(value: Any, other: Any) -> Any:
+        same = isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape
+        return other if same and torch.equal(value, other) else value
+
+    return {name: shared(value, known.get(name)) for name, value in arguments.items()}
 
 
 _spill_folder: ContextVar[Path | None] = ContextVar("spill_folder", default=None)
@@ -86,6 +96,13 @@ def empty_states(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
         raise StorageError(f"activations cannot be spilled to {folder}: {error.strerror}") from error
 
 
+def positions_from(start: int, tokens: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What a forward is told of ``tokens`` ``[..., T]`` that begin at ``start``: nothing at 0, where it counts itself."""
+    if start == 0:
+        return {}
+    return {"position_ids": torch.arange(start, start + tokens.shape[-1], device=device).unsqueeze(0)}
+
+
 class LayerWalk:
     """Feeds equally long blocks through a model one decoder layer at a time.
 
@@ -93,27 +110,48 @@ class LayerWalk:
         model: a supported model in evaluation mode, whole or streamed from disk.
         tokens: int64 ``[num_samples, sequence_length]``.
         batch_size: blocks per forward of a layer.
+        starts: position of each block's first token; None: all begin at 0.
+
+    Raises:
+        InvalidSetting: a block begins where this model has no position for it.
 
     ``inputs`` and ``outputs`` hold the present layer's hidden states, ``[num_samples, T, hidden]`` in the model's dtype, on its
     device or spilled to files.
     """
 
-    def __init__(self, model: PreTrainedModel, tokens: Tensor, batch_size: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokens: Tensor,
+        batch_size: int,
+        starts: Sequence[int] | None = None,
+    ) -> None:
         self.model = model
+        self.starts = [0] * len(tokens) if starts is None else list(starts)
+        if any(self.starts):
+            check_positions(AttentionGeometry.from_config(model.config), max(self.starts) + tokens.shape[1])
         self.layers = decoder_layers(model)
         self.device = model.device
         self.batch_size = batch_size
         self.tokens = tokens
-        first, arguments = self._first_input(tokens[:1])
+        first, arguments = self._first_input(tokens[:1], 0)
         self.inputs, self.outputs = (
             empty_states((len(tokens), *first.shape[1:]), first.dtype, self.device) for _ in range(2)
         )
         for batch in self.batches(len(tokens)):
-            self.inputs[batch] = self._first_input(tokens[batch])[0]
+            self.inputs[batch] = self._by_start(
+                range(len(tokens))[batch],
+                tokens[batch],
+                lambda part, start: self._first_input(part, start)[0],
+            )
         # A few models' layers return a tuple; what stands in for a layer must do as they do.
         with torch.no_grad():
             self._tuples = isinstance(self.layers[0](first, **arguments), tuple)
-        self._arguments = self._layer_arguments(tokens[:1])
+        self._arguments: dict[int, list[dict[str, Any]]] = {}
+        for start in sorted(set(self.starts)):
+            found = self._layer_arguments(tokens[:1], start)
+            known = next(iter(self._arguments.values()), found)
+            self._arguments[start] = [_sharing(own, other) for own, other in zip(found, known, strict=True)]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -123,8 +161,20 @@ class LayerWalk:
         for start in range(0, blocks, self.batch_size):
             yield slice(start, min(start + self.batch_size, blocks))
 
+    def _by_start(
+        self, blocks: Sequence[int], states: Tensor, run: Callable[[Tensor, int], Tensor]
+    ) -> Tensor:
+        """``run(states, start)`` on ``states`` ``[b, ...]`` of ``blocks``, apart for blocks that begin at other positions."""
+        starts = [self.starts[block] for block in blocks]
+        if len(set(starts)) == 1:
+            return run(states, starts[0])
+        rows = [[i for i, own in enumerate(starts) if own == start] for start in sorted(set(starts))]
+        together = torch.cat([run(states[part], starts[part[0]]) for part in rows])
+        order = torch.tensor([i for part in rows for i in part]).argsort()
+        return together[order.to(together.device)]
+
     @torch.no_grad()
-    def _first_input(self, tokens: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _first_input(self, tokens: Tensor, start: int) -> tuple[Tensor, dict[str, Any]]:
         """What the first layer is given: hidden states, and everything else."""
         found: list[tuple[Tensor, dict[str, Any]]] = []
 
@@ -133,21 +183,27 @@ class LayerWalk:
             raise _Stop
 
         with self._layers_replaced([stop, *[self._pass_on] * (len(self) - 1)]), suppress(_Stop):
-            self.model(tokens.to(self.device), use_cache=False)
+            self._call(tokens, start)
         return found[0]
 
     @torch.no_grad()
-    def _layer_arguments(self, tokens: Tensor) -> list[dict[str, Any]]:
-        """What the model passes to each layer besides hidden states: the same for all blocks of one length."""
+    def _layer_arguments(self, tokens: Tensor, start: int) -> list[dict[str, Any]]:
+        """What the model passes to each layer besides hidden states: the same for all blocks of one length and start."""
         seen: list[dict[str, Any]] = []
 
         def record(hidden_states: Tensor, **kwargs: Any) -> Any:
             seen.append(kwargs)
+            if len(seen) == len(self):
+                raise _Stop
             return self._pass_on(hidden_states)
 
-        with self._layers_replaced([record] * len(self)):
-            self.model(tokens.to(self.device), use_cache=False)
+        with self._layers_replaced([record] * len(self)), suppress(_Stop):
+            self._call(tokens, start)
         return seen
+
+    def _call(self, tokens: Tensor, start: int) -> Any:
+        tokens = tokens.to(self.device)
+        return self.model(tokens, use_cache=False, **positions_from(start, tokens, self.device))
 
     def _pass_on(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         return (hidden_states, None) if self._tuples else hidden_states
@@ -166,10 +222,14 @@ class LayerWalk:
                 if own is not None:
                     layer.forward = own
 
-    def forward(self, layer: int, hidden: Tensor) -> Tensor:
-        """One decoder layer on ``hidden`` ``[b, T, hidden]``, through whatever the seam does there now."""
-        output = self.layers[layer](hidden.to(self.device), **self._arguments[layer])
-        return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+    def forward(self, layer: int, hidden: Tensor, blocks: Sequence[int]) -> Tensor:
+        """One decoder layer on ``hidden`` ``[b, T, hidden]`` of some blocks, through whatever the seam does there now."""
+
+        def run(hidden: Tensor, start: int) -> Tensor:
+            output = self.layers[layer](hidden.to(self.device), **self._arguments[start][layer])
+            return cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+        return self._by_start(blocks, hidden, run)
 
     @torch.no_grad()
     def run(self, layer: int) -> None:
@@ -178,14 +238,14 @@ class LayerWalk:
         Raises:
             InvalidModel: the layer produces numbers that are not finite.
         """
-        self.through(layer, self.inputs, self.outputs)
+        self.through(layer, self.inputs, self.outputs, range(len(self.inputs)))
 
     @torch.no_grad()
-    def through(self, layer: int, source: Tensor, target: Tensor) -> None:
-        """Like :meth:`run`, on any number of other blocks of the same length; ``target`` may be ``source``."""
+    def through(self, layer: int, source: Tensor, target: Tensor, blocks: Sequence[int]) -> None:
+        """Like :meth:`run`, on any hidden states ``[n, T, hidden]`` of ``n`` ``blocks``; ``target`` may be ``source``."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for batch in self.batches(len(source)):
-            output = self.forward(layer, source[batch])
+            output = self.forward(layer, source[batch], blocks[batch])
             target[batch] = output
             finite &= output.isfinite().all()  # asked once: every question stops a GPU's queue
         if not bool(finite):
@@ -197,7 +257,10 @@ class LayerWalk:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, blocks: slice) -> Tensor:
-        """Logits ``[b, T, vocabulary]`` of some blocks whose last layer's output is ``hidden`` ``[b, T, hidden]``."""
+        """Logits ``[b, T, vocabulary]`` of some blocks whose last layer's output is ``hidden`` ``[b, T, hidden]``.
+
+        What follows the layers knows no positions, so these are the same wherever the blocks begin.
+        """
 
         def last(hidden_states: Tensor, **kwargs: Any) -> Any:
             return self._pass_on(hidden.to(self.device))
@@ -213,11 +276,12 @@ def run_and_measure(walk: LayerWalk, seam: Seam, layer: int, blocks: int) -> Lay
     collector = _Collector(seam.geometry, walk.device)
     seam.observe(layer, collector)
     try:
-        walk.through(layer, walk.inputs[:blocks], walk.outputs[:blocks])
+        walk.through(layer, walk.inputs[:blocks], walk.outputs[:blocks], range(blocks))
     finally:
         seam.observe(layer, None)
     if blocks < len(walk.inputs):
-        walk.through(layer, walk.inputs[blocks:], walk.outputs[blocks:])
+        others = range(blocks, len(walk.inputs))
+        walk.through(layer, walk.inputs[blocks:], walk.outputs[blocks:], others)
     return collector.moments()
 
 
@@ -312,7 +376,7 @@ class LayerTask:
         key, value = (None if basis is None else basis.to(dtype=dtype) for basis in (bases.key, bases.value))
         self.seam.set_bases(self.index, Bases(key, value, bases.store_dtype))
         try:
-            return self.walk.forward(self.index, self.walk.inputs[blocks]).float()
+            return self.walk.forward(self.index, self.walk.inputs[blocks], blocks).float()
         finally:
             self.seam.set_bases(self.index, before)
 

@@ -212,7 +212,8 @@ def _config(
             "kept": measured_bytes / geometry.dense_bytes_per_token,
             "number_bytes": LATENT_BYTES,
         },
-        "calibrated_positions": profile.dataset["sequence_length"],
+        # A profile of before blocks could begin elsewhere has none: they began at 0.
+        "calibrated_positions": profile.dataset.get("positions", profile.dataset["sequence_length"]),
         "dataset": profile.dataset,
         "method": profile.method,
         "seed": profile.seed,

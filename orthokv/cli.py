@@ -67,6 +67,13 @@ RankChoices = Annotated[
 ]
 Samples = Annotated[int, typer.Option(help="Number of token blocks.")]
 Length = Annotated[int, typer.Option(help="Tokens in a block.")]
+Positions = Annotated[
+    int | None,
+    typer.Option(
+        help="Key mode post only, whose bases depend on positions: calibrate all over positions 0 to this, the longest "
+        "context that you will serve. Default: the model's own."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 StreamingOption = Annotated[
     str,
@@ -131,6 +138,7 @@ def compress(
     rank_choices: RankChoices = None,
     num_samples: Samples = 64,
     sequence_length: Length = 1024,
+    positions: Positions = None,
     field: Field = "text",
     form: FormOption = "adapter",
     seed: int = 0,
@@ -163,6 +171,7 @@ def compress(
         propagate=propagate,
         num_samples=num_samples,
         sequence_length=sequence_length,
+        positions=positions,
         seed=seed,
     )
     _refuse_taken(out)
@@ -214,6 +223,10 @@ def evaluate(
     ] = None,
     num_samples: Samples = 32,
     sequence_length: Length = 1024,
+    start_position: Annotated[
+        int,
+        typer.Option(min=0, help="Where the blocks begin: near the longest context, to test its far end."),
+    ] = 0,
     field: Field = "text",
     device: Device = "auto",
     streaming: StreamingOption = "auto",
@@ -225,11 +238,14 @@ def evaluate(
     from orthokv.capture import spilled_to
     from orthokv.checkpoint import read_checkpoint
     from orthokv.dataset import TextSource, load_blocks
+    from orthokv.geometry import check_positions
     from orthokv.pipeline import evaluate_checkpoint, load
     from orthokv.source import load_tokenizer
 
     _check_spill(spill)
     found = read_checkpoint(checkpoint)
+    if start_position:
+        check_positions(found.geometry, start_position + sequence_length)
     source = _base_of(found.config["base_model"], model, revision)
     blocks = load_blocks(
         TextSource(dataset, field=field),
@@ -237,7 +253,7 @@ def evaluate(
         num_samples=num_samples,
         sequence_length=sequence_length,
         max_positions=found.geometry.max_positions,
-    )
+    ).placed([start_position] * num_samples)
     loaded = load(source, device, streaming=streaming)  # type: ignore[arg-type]
     with reporter() as report, spilled_to(spill):
         measured = evaluate_checkpoint(loaded, found, blocks, speed=True, report=report)
@@ -499,11 +515,16 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 def _print_quality(measured: dict[str, Any]) -> None:
+    from orthokv.wording import begin_at
+
     ratio = measured["perplexity"] / measured["perplexity_dense"]
     out_console.print(
         f"perplexity {measured['perplexity']:.3f}, uncompressed {measured['perplexity_dense']:.3f} "
         f"([bold]{ratio:.3f} x[/bold]), KL {measured['kl']:.4f} nats over {measured['tokens']} tokens"
     )
+    # A checkpoint of before blocks could begin elsewhere does not say where: at 0.
+    if where := begin_at(measured["dataset"].get("starts", ())):
+        out_console.print(f"measured on {where}")
     out_console.print(
         f"live cache {measured['cache_bytes_per_token']:g} of {measured['cache_bytes_per_token_dense']:g} bytes a token "
         f"([bold]kept {100 * measured['kept']:.1f} %[/bold])"

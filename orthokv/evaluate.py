@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from orthokv.attention import LayerBases, Seam
-from orthokv.capture import Comparison, LayerTask, LayerWalk, empty_states
+from orthokv.capture import Comparison, LayerTask, LayerWalk, empty_states, positions_from
 from orthokv.dataset import Blocks
 from orthokv.errors import InvalidModel
 from orthokv.progress import Reporter, Step, silent
@@ -90,9 +90,10 @@ def compressed(seam: Seam, bases: Sequence[LayerBases | None]) -> Iterator[None]
 
 
 @torch.no_grad()
-def block_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """Next-token logits ``[tokens - 1, vocabulary]`` of one block, float32."""
-    output = model(tokens.unsqueeze(0).to(model.device), use_cache=False)
+def block_logits(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Tensor:
+    """Next-token logits ``[tokens - 1, vocabulary]`` of one block that begins at position ``start``, float32."""
+    ids = tokens.unsqueeze(0).to(model.device)
+    output = model(ids, use_cache=False, **positions_from(start, ids, model.device))
     logits: Tensor = output.logits[0, :-1].float()
     return logits
 
@@ -146,7 +147,7 @@ def quality_by_layer(
     """
     comparisons: list[Comparison] = []
     with compressed(seam, [None] * len(bases)):
-        walk = LayerWalk(seam.model, blocks.tokens, batch_size)
+        walk = LayerWalk(seam.model, blocks.tokens, batch_size, blocks.starts)
         states = empty_states(walk.inputs.shape, walk.inputs.dtype, walk.device)
         states.copy_(walk.inputs)
         for i, layer in enumerate(bases):
@@ -155,7 +156,7 @@ def quality_by_layer(
                 task = LayerTask(i, walk, seam, len(walk.inputs))
                 comparisons.append(task.compare(layer, list(range(min(compared, len(blocks))))))
             seam.set_bases(i, layer)
-            walk.through(i, states, states)
+            walk.through(i, states, states, range(len(blocks)))
             seam.set_bases(i, None)
             walk.advance()
             report(Step("evaluating", i + 1, len(bases), "layers"))
@@ -199,13 +200,13 @@ def separate_divergences(
     """
     n = len(blocks)
     with compressed(seam, [None] * len(bases)):
-        walk = LayerWalk(seam.model, blocks.tokens, batch_size)
+        walk = LayerWalk(seam.model, blocks.tokens, batch_size, blocks.starts)
         shape = (len(bases) * n, *walk.inputs.shape[1:])
         states = empty_states(shape, walk.inputs.dtype, walk.device)
         for i, layer in enumerate(bases):
-            walk.through(i, states[: i * n], states[: i * n])
+            walk.through(i, states[: i * n], states[: i * n], list(range(n)) * i)
             seam.set_bases(i, layer)
-            walk.through(i, walk.inputs, states[i * n : (i + 1) * n])
+            walk.through(i, walk.inputs, states[i * n : (i + 1) * n], range(n))
             seam.set_bases(i, None)
             walk.run(i)
             walk.advance()
@@ -223,7 +224,7 @@ def separate_divergences(
 
 def perplexity(model: PreTrainedModel, blocks: Blocks) -> float:
     """Perplexity of a model as it is."""
-    total = sum(_nll(block_logits(model, tokens), tokens) for tokens in blocks.tokens)
+    total = sum(_nll(block_logits(model, *block), block.tokens) for block in blocks)
     return _perplexity(total / (len(blocks) * (blocks.tokens.shape[1] - 1)))
 
 

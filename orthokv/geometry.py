@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from orthokv.architectures import architecture_of
-from orthokv.errors import UnsupportedModel
+from orthokv.errors import InvalidSetting, UnsupportedModel
 
 # Rotary types whose tables depend on nothing but the position. Dynamic and long variants change the tables with the
 # sequence length, so keys rebuilt later would be rotated by other angles than the stock model used.
@@ -158,3 +158,17 @@ def check_key_mode(geometry: AttentionGeometry, key_mode: str) -> None:
             f"key mode 'pre' needs rotary tables that do not change with the length; "
             f"this model's rope_type is {changing[0]!r} (use key mode 'post')"
         )
+
+
+def check_positions(geometry: AttentionGeometry, positions: int) -> None:
+    """Refuse text at positions up to ``positions - 1`` where that means nothing.
+
+    Raises:
+        InvalidSetting: no layer uses rotary embedding, or the model's context is shorter.
+    """
+    if geometry.rope is None:
+        raise InvalidSetting(
+            f"a setting of positions has no effect on a model without rotary embedding ({geometry.model_type})"
+        )
+    if positions > geometry.max_positions:
+        raise InvalidSetting(f"{positions} positions are more than the model's {geometry.max_positions}")

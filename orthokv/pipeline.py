@@ -23,7 +23,7 @@ from orthokv.budget import Budget
 from orthokv.capture import LayerTask, LayerWalk, view_layer
 from orthokv.checkpoint import Checkpoint, Form, record_measurements, write_checkpoint
 from orthokv.codecs import DEFAULT_CODEC, store_dtype
-from orthokv.dataset import Blocks, TextMixture, TextSource, evenly, load_blocks, self_text
+from orthokv.dataset import Blocks, TextMixture, TextSource, evenly, load_blocks, self_text, starts_over
 from orthokv.errors import InvalidDataset, InvalidSetting
 from orthokv.evaluate import (
     cache_size,
@@ -33,7 +33,7 @@ from orthokv.evaluate import (
     tokens_per_second,
 )
 from orthokv.fingerprint import weight_fingerprints
-from orthokv.geometry import AttentionGeometry, check_key_mode
+from orthokv.geometry import AttentionGeometry, check_key_mode, check_positions
 from orthokv.grouping import fit_layer, sharings_of
 from orthokv.methods import make_method
 from orthokv.profile import ErrorProfile, LayerProfile, measure_layer, spread_blocks
@@ -70,6 +70,9 @@ class FitSettings:
             A share of the widths in (0, 1] fits each on what the layers before it produce when they are cut to that share;
             layers can then only be fitted in order, by one worker.
         num_samples, sequence_length: calibration blocks, of which one in eight is held out.
+        positions: key mode ``post`` only, whose bases depend on absolute positions: the blocks are spread over
+            ``0..positions - 1``, which should be what the checkpoint will serve; None: the model's longest context
+            (``docs/decisions/0010-positions-after-rope.md``).
         seed: of everything random.
         profile_samples: blocks on which the error surface is measured.
         batch_size: blocks in one forward of a layer.
@@ -86,6 +89,7 @@ class FitSettings:
     propagate: float | None = None
     num_samples: int = 64
     sequence_length: int = 1024
+    positions: int | None = None
     seed: int = 0
     profile_samples: int = 2
     batch_size: int = 4
@@ -100,6 +104,15 @@ class FitSettings:
         for name in ("profile_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise InvalidSetting(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.positions is not None and self.key_mode != "post":
+            raise InvalidSetting(
+                f"positions {self.positions} has no effect in key mode {self.key_mode!r}: bases of keys before RoPE "
+                f"are the same at every position"
+            )
+        if self.positions is not None and self.positions < self.sequence_length:
+            raise InvalidSetting(
+                f"positions must be at least sequence_length ({self.sequence_length}), not {self.positions}"
+            )
         if self.propagate is not None and not 0 < self.propagate <= 1:
             raise InvalidSetting(f"propagate must be a share of the widths in (0, 1], not {self.propagate:g}")
         self.make_method()
@@ -156,6 +169,20 @@ def read_geometry(source: ModelSource) -> AttentionGeometry:
     return AttentionGeometry.from_config(load_config(source))
 
 
+def calibrated_positions(geometry: AttentionGeometry, settings: FitSettings) -> int:
+    """The positions that calibration blocks cover, from 0: one block's, but in key mode ``post`` those to be served.
+
+    Raises:
+        InvalidSetting: see :func:`~orthokv.geometry.check_positions`.
+    """
+    if settings.positions is not None:
+        check_positions(geometry, settings.positions)
+        return settings.positions
+    if settings.key_mode == "post" and geometry.rope is not None:
+        return geometry.max_positions
+    return settings.sequence_length
+
+
 def prepare_blocks(
     source: ModelSource,
     text: TextSource | TextMixture,
@@ -163,11 +190,27 @@ def prepare_blocks(
     model: PreTrainedModel | None = None,
     report: Reporter = silent,
 ) -> Blocks:
-    """Calibration blocks, held-out ones included, from text, from the model itself, or from several of these."""
+    """Calibration blocks, held-out ones included, from text, from the model itself, or from several of these.
+
+    Where bases depend on positions, the blocks begin all over :func:`calibrated_positions`. The starts go with the blocks:
+    into their file, and through it to every later step, wherever that runs.
+    """
+    positions = calibrated_positions(read_geometry(source), settings)
+    blocks = _read_blocks(source, text, settings, model, report)
+    return blocks.spread(positions, settings.holdout)
+
+
+def _read_blocks(
+    source: ModelSource,
+    text: TextSource | TextMixture,
+    settings: FitSettings,
+    model: PreTrainedModel | None,
+    report: Reporter,
+) -> Blocks:
     if isinstance(text, TextMixture):
         shares = text.shares(settings.num_samples)
         parts = [
-            prepare_blocks(source, part, replace(settings, num_samples=share), model, report)
+            _read_blocks(source, part, replace(settings, num_samples=share), model, report)
             for part, share in zip(text.parts, shares, strict=True)
         ]
         return Blocks.of(
@@ -212,8 +255,9 @@ def fit_layers(
         layers: which ones; the others are only run through. A layer's result does not depend on which others are fitted.
 
     Raises:
-        InvalidSetting: there is no such layer, ``propagate`` is set and a layer before a wanted one is not fitted, or the KV
-            heads do not divide into the groups of ``sharing``.
+        InvalidSetting: there is no such layer, ``propagate`` is set and a layer before a wanted one is not fitted, the KV
+            heads do not divide into the groups of ``sharing``, or the blocks do not cover the ``positions`` that are set
+            (:func:`prepare_blocks` sees to it).
     """
     geometry = AttentionGeometry.from_config(model.config)
     sharings_of(settings.sharing, geometry)
@@ -224,12 +268,16 @@ def fit_layers(
         raise InvalidSetting(
             f"propagate needs all layers before a layer to be fitted in the same run; layers {wanted} leave some out"
         )
+    if settings.positions not in (None, blocks.positions):
+        raise InvalidSetting(
+            f"positions {settings.positions} are to be served, but the blocks reach {blocks.positions}"
+        )
     method = settings.make_method()
     fitting, held_out = blocks.split(settings.holdout)
     report(Step("fitting", 0, len(wanted), "layers"))
     with Seam(model, settings.key_mode) as seam:
         # Held-out blocks go along, behind the others, so that errors can be measured on them too.
-        walk = LayerWalk(model, torch.cat([fitting.tokens, held_out.tokens]), settings.batch_size)
+        walk = _walk(model, fitting, held_out, settings)
         for index in range(wanted[-1] + 1 if wanted else 0):
             if index in wanted:
                 view = view_layer(walk, seam, index, len(fitting))
@@ -246,6 +294,11 @@ def fit_layers(
             else:
                 walk.run(index)
             walk.advance()
+
+
+def _walk(model: PreTrainedModel, first: Blocks, second: Blocks, settings: FitSettings) -> LayerWalk:
+    tokens = torch.cat([first.tokens, second.tokens])
+    return LayerWalk(model, tokens, settings.batch_size, first.starts + second.starts)
 
 
 def build_profile(
@@ -276,6 +329,7 @@ def build_profile(
             "digest": blocks.digest,
             "num_samples": len(blocks),
             "sequence_length": int(blocks.tokens.shape[1]),
+            "positions": blocks.positions,
             "held_out": settings.holdout,
         },
         method={
@@ -293,7 +347,7 @@ def build_profile(
         if settings.refinement is not None:
             log.warning("no refinement: it needs the whole model, and %s is streamed from disk", source.id)
         return profile
-    checks = [held_out, *_second_domain(model, settings)]
+    checks = [held_out, *_second_domain(model, settings, blocks)]
     refined, _ = refine(model, profile, fitting, checks, refinement, settings.seed, report)
     measured = measure_errors(model, refined, blocks, settings, report)
     measured = replace(measured, method={**profile.method, "refine_steps": refinement.steps})
@@ -315,13 +369,16 @@ def possible_refinement(model: PreTrainedModel, settings: FitSettings) -> Refine
     return None
 
 
-def _second_domain(model: PreTrainedModel, settings: FitSettings) -> list[Blocks]:
+def _second_domain(model: PreTrainedModel, settings: FitSettings, blocks: Blocks) -> list[Blocks]:
     """Text that the model writes itself, to watch a refinement on; none from a model without a BOS token to begin with."""
     try:
         length = min(settings.sequence_length, SECOND_DOMAIN_LENGTH)
-        return [self_text(model, num_samples=CHECK_BLOCKS, sequence_length=length, seed=settings.seed + 1)]
+        text = self_text(model, num_samples=CHECK_BLOCKS, sequence_length=length, seed=settings.seed + 1)
     except InvalidDataset:
         return []
+    if not any(blocks.starts):
+        return [text]
+    return [text.placed(starts_over(blocks.positions, length, CHECK_BLOCKS))]
 
 
 def measure_errors(
@@ -335,9 +392,8 @@ def measure_errors(
     layers: list[LayerProfile] = []
     fitting, held_out = blocks.split(settings.holdout)
     chosen = fitting.take(spread_blocks(len(fitting), settings.profile_samples))
-    tokens = torch.cat([chosen.tokens, held_out.tokens])
     with Seam(model, profile.key_mode) as seam:
-        walk = LayerWalk(model, tokens, settings.batch_size)
+        walk = _walk(model, chosen, held_out, settings)
         for layer in profile.layers:
             walk.run(layer.index)
             task = LayerTask(layer.index, walk, seam, len(chosen))
@@ -451,6 +507,9 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Attach a checkpoint, measure it against the same model without it, and detach.
 
+    Predictions and layers are measured where the blocks begin (:meth:`~orthokv.dataset.Blocks.placed`), which in key mode
+    ``post`` matters; bytes and speed do not depend on it.
+
     Returns:
         ``perplexity``, ``perplexity_dense``, ``kl`` (nats a token), ``kept``, ``cache_bytes_per_token``,
         ``cache_bytes_per_token_dense``, ``tokens``, ``layer_error`` and ``layer_cosine`` by layer, ``dataset``; with ``speed``
@@ -480,6 +539,7 @@ def evaluate_checkpoint(
                 "digest": blocks.digest,
                 "num_samples": len(blocks),
                 "sequence_length": int(blocks.tokens.shape[1]),
+                "starts": sorted(set(blocks.starts)),
             },
         }
         if speed and streamed_weights(model) is None:
@@ -541,6 +601,7 @@ def compress(
     geometry = read_geometry(source)
     # What can be refused is refused before any weight is read.
     check_key_mode(geometry, settings.key_mode)
+    calibrated_positions(geometry, settings)
     check_reachable(geometry, settings.sharing, settings.key_mode, budget, grid)
     model = load(source, device, streaming=streaming)
     possible_refinement(model, settings)

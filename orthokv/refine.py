@@ -22,7 +22,8 @@ from orthokv.allocate import allocate, smallest_kept
 from orthokv.attention import Bases, Seam
 from orthokv.basis import Basis, cholesky_qr, duals, orthonormal, tangent
 from orthokv.budget import Budget
-from orthokv.dataset import Blocks, evenly
+from orthokv.capture import positions_from
+from orthokv.dataset import Block, Blocks, evenly
 from orthokv.errors import InvalidModel, InvalidSetting
 from orthokv.evaluate import PART_TOKENS, compressed, kl_sum
 from orthokv.methods.learning import Adam
@@ -130,28 +131,29 @@ class _Student:
         return list(zip(found[::2], found[1::2], strict=True))
 
     @torch.no_grad()
-    def teacher(self, tokens: Tensor) -> Tensor:
-        """Logits of the uncompressed model on one block ``[T]``: ``[T - 1, vocabulary]``."""
+    def teacher(self, block: Block) -> Tensor:
+        """Logits of the uncompressed model on one block of ``T`` tokens: ``[T - 1, vocabulary]``."""
         with compressed(self.seam, [None] * len(self.sides)):
-            return self._logits(tokens)
+            return self._logits(block)
 
-    def divergence(self, teacher: Tensor, tokens: Tensor, ranks: Ranks) -> Tensor:
-        """Mean KL a token of one block ``[T]``, in nats, at the given ranks; differentiable in the turns."""
+    def divergence(self, teacher: Tensor, block: Block, ranks: Ranks) -> Tensor:
+        """Mean KL a token of one block, in nats, at the given ranks; differentiable in the turns."""
         dtype = self.seam.model.dtype
         bases = [
             Bases(key.to(dtype=dtype), value.to(dtype=dtype)) for key, value in self.turned(self.turns, ranks)
         ]
         with compressed(self.seam, bases):
-            student = self._logits(tokens)
+            student = self._logits(block)
         # A part's distributions are computed again for its gradient: of a large vocabulary they would be the
         # largest tensors of the stage.
         parts = zip(teacher.split(PART_TOKENS), student.split(PART_TOKENS), strict=True)
         sums = [checkpoint(kl_sum, dense, other, use_reentrant=False) for dense, other in parts]
         return torch.stack(sums).sum() / len(teacher)
 
-    def _logits(self, tokens: Tensor) -> Tensor:
+    def _logits(self, block: Block) -> Tensor:
         model: Any = self.seam.model
-        output = model(tokens.unsqueeze(0).to(model.device), use_cache=False)
+        ids = block.tokens.unsqueeze(0).to(model.device)
+        output = model(ids, use_cache=False, **positions_from(block.start, ids, model.device))
         found: Tensor = output.logits[0, :-1]
         return found
 
@@ -181,7 +183,7 @@ def refine(
         shares, checked = [settings.kept], [settings.kept]
     plans = [allocate(profile, Budget("kept", share)).ranks for share in shares]
     judged = [allocate(profile, Budget("kept", share)).ranks for share in checked]
-    watched = [text.tokens[i] for text in checks for i in evenly(len(text), CHECK_BLOCKS)]
+    watched = [text[i] for text in checks for i in evenly(len(text), CHECK_BLOCKS)]
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     scores: list[float] = []
@@ -205,7 +207,7 @@ def refine(
                 break
             order = order or torch.randperm(len(calibration), generator=generator).tolist()
             ranks = plans[int((step + 1) * _GOLDEN % 1.0 * len(plans))]
-            _step(student, calibration.tokens[order.pop()], ranks, settings, step)
+            _step(student, calibration[order.pop()], ranks, settings, step)
         full = [(layer.key.rank, layer.value.rank) for layer in profile.layers]
         layers = [
             replace(layer, key=key.to("cpu").contiguous(), value=value.to("cpu").contiguous())
@@ -214,7 +216,7 @@ def refine(
     return replace(profile, layers=tuple(layers)), scores
 
 
-def _step(student: _Student, tokens: Tensor, ranks: Ranks, settings: Refinement, step: int) -> None:
+def _step(student: _Student, block: Block, ranks: Ranks, settings: Refinement, step: int) -> None:
     """One step. A divergence that is not finite makes the turns so too, which the next check sees."""
     turns = student.turns
     for turn in turns:
@@ -222,7 +224,7 @@ def _step(student: _Student, tokens: Tensor, ranks: Ranks, settings: Refinement,
     try:
         with torch.enable_grad(), repeatable():
             # The logarithm: a divergence at small ranks is a hundred times that at large ones, which would not count.
-            loss = student.divergence(student.teacher(tokens), tokens, ranks).clamp_min(1e-20).log()
+            loss = student.divergence(student.teacher(block), block, ranks).clamp_min(1e-20).log()
             gradients = torch.autograd.grad(loss, turns)
     finally:
         for turn in turns:
@@ -235,11 +237,11 @@ def _step(student: _Student, tokens: Tensor, ranks: Ranks, settings: Refinement,
 
 
 @torch.no_grad()
-def _score(student: _Student, watched: Sequence[Tensor], plans: Sequence[Ranks]) -> float:
+def _score(student: _Student, watched: Sequence[Block], plans: Sequence[Ranks]) -> float:
     found: list[float] = []
-    for tokens in watched:
-        teacher = student.teacher(tokens)
-        found += [float(student.divergence(teacher, tokens, ranks)) for ranks in plans]
+    for block in watched:
+        teacher = student.teacher(block)
+        found += [float(student.divergence(teacher, block, ranks)) for ranks in plans]
     # Not ``max``, which would take a NaN for the smaller number.
     return sum(math.log(x) if x > 1e-20 else (x if math.isnan(x) else math.log(1e-20)) for x in found) / len(
         found

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from orthokv.wording import KEY_MODES_IN_WORDS, markdown, number, percent
+from orthokv.wording import KEY_MODES_IN_WORDS, begin_at, markdown, number, percent
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _FILE_SUFFIX = re.compile(r"\.(jsonl?|ndjson|txt|md|parquet|gz|zst|csv)$", re.IGNORECASE)
@@ -128,6 +128,8 @@ def _measured_on(config: dict[str, Any], measured: dict[str, Any]) -> list[str]:
     if "tokens" in measured:
         parts.append(f"{measured['tokens']} predicted tokens")
     if source := measured.get("dataset"):
+        if isinstance(source, dict) and (where := begin_at(source.get("starts", ()))):
+            parts.append(where)
         source = source["source"] if isinstance(source, dict) else str(source)
         same = ", the source of the calibration text" if source == config["dataset"].get("source") else ""
         parts.append(f"text of {_code(_data_name(source))}{same}")
@@ -233,9 +235,13 @@ def _limits(config: dict[str, Any]) -> str:
         "Quality on other kinds of text than the calibration's can be worse: evaluate on your own.",
     ]
     if config["key_mode"] == "post" and rotary:
+        length = config["dataset"]["sequence_length"]
+        spread = (
+            "" if length == positions else f"; blocks of {length} tokens were spread over the positions above"
+        )
         lines.append(
             "Key mode `post`: keys are compressed after rotation, so the bases depend on absolute positions and may "
-            "serve later ones badly."
+            f"serve later ones badly{spread}."
         )
     elif config["key_mode"] == "pre":
         rotated = " and rotated" if rotary else ""

@@ -22,6 +22,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def begin_at(starts: Sequence[int]) -> str:
+    """Where measured blocks begin, as the end of a sentence; empty where all begin at 0."""
+    places = ", ".join(map(str, starts))
+    return "" if not any(starts) else f"blocks that begin at position{'s' * (len(starts) > 1)} {places}"
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """A GitHub table whose first ``left`` columns are text and the others numbers."""
     rule = ["---"] * left + ["---:"] * (len(head) - left)

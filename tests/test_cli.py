@@ -212,6 +212,22 @@ def test_evaluate_in_words(run: Run, compressed: Compressed, text: Path) -> None
     assert "kept" in said.out
 
 
+def test_the_far_end_of_the_context_is_calibrated_and_measured(run: Run, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "post"
+    said = run(
+        "compress", DEMO, "--dataset", text, "--kept", "0.5", "--method", "eigen", *SMALL, "--out", out,
+        "--key-mode", "post", "--positions", "512",
+    )  # fmt: skip
+    assert said.code == 0, said.err
+    assert read_checkpoint(out).config["calibrated_positions"] == 512
+    evaluate = ("evaluate", out, "--dataset", text, "--num-samples", 1, "--sequence-length", 32)
+    said = run(*evaluate, "--start-position", 480)
+    assert said.code == 0, said.err
+    assert "measured on blocks that begin at position 480" in said.out
+    assert json.loads(run(*evaluate, "--start-position", 480, "--json").out)["dataset"]["starts"] == [480]
+    refused(run(*evaluate, "--start-position", 993), tmp_path / "none", "1025", "1024")
+
+
 def test_plan_makes_another_checkpoint_without_a_model(
     run: Run, compressed: Compressed, tmp_path: Path
 ) -> None:
@@ -467,6 +483,7 @@ def test_one_budget_is_wanted(options: tuple[object, ...], run: Run, tmp_path: P
         ("--form", "half"),
         ("--num-samples", "1"),
         ("--steps", "3"),
+        ("--positions", "64"),
         ("--device", "quantum"),
     ],
 )

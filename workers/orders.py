@@ -143,6 +143,7 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
             parameterisation=method["parameterisation"],
             num_samples=asked["num_samples"],
             sequence_length=asked["sequence_length"],
+            positions=method.get("positions"),
             seed=order.spec["seed"],
             steps=method["steps"],
             refine_steps=method.get("refine_steps"),

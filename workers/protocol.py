@@ -36,6 +36,7 @@ class RunSettings(_Message):
     parameterisation: str
     num_samples: int
     sequence_length: int
+    positions: int | None
     seed: int
     steps: int | None
     refine_steps: int | None

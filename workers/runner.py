@@ -33,6 +33,7 @@ from orthokv.geometry import check_key_mode
 from orthokv.pipeline import (
     FitSettings,
     build_profile,
+    calibrated_positions,
     evaluate_checkpoint,
     fit_layers,
     load,
@@ -161,6 +162,7 @@ def resolve(job: Job) -> dict[str, Any]:
     source = job.source()
     geometry = read_geometry(source)
     check_key_mode(geometry, job.settings.key_mode)
+    calibrated_positions(geometry, job.settings)
     check_reachable(geometry, job.settings.sharing, job.settings.key_mode, job.budget(), job.grid())
     model = {"id": source.id, "revision": source.revision, "digest": source.digest}
     return {"model": model, "geometry": geometry.to_dict()}

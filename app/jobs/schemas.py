@@ -75,6 +75,17 @@ class Method(Body):
     refine_steps: Annotated[int, Field(ge=0, le=1_000_000)] | None = Field(
         None, description="Steps of the last stage, all layers together; 0: none; absent: the method's own."
     )
+    positions: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Key mode `post` only, whose bases depend on positions: calibrate on positions 0 to this, exclusive, "
+        "which should be the longest context to be served; absent: the model's longest.",
+    )
+
+    @model_validator(mode="after")
+    def _effective(self) -> Self:
+        if self.positions is not None and self.key_mode != "post":
+            raise ValueError("positions has no effect in key mode pre")
+        return self
 
 
 class JobCreate(Body):

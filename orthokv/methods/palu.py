@@ -101,7 +101,7 @@ def _input_moment(view: LayerView) -> Tensor:
     handle = projection.register_forward_pre_hook(observe)
     try:
         for batch in view.walk.batches(view.blocks):
-            view.walk.forward(view.index, view.walk.inputs[batch])
+            view.walk.forward(view.index, view.walk.inputs[batch], range(view.blocks)[batch])
     finally:
         handle.remove()
     return total / view.moments.tokens

@@ -102,6 +102,7 @@ def test_dataset_files_are_uploaded_and_mixed(server: Server, script: Script, tm
         *("submit", "--model", "org/model", "--dataset", str(text), "--field", "body"),
         *("--dataset", str(more), "--dataset", "self", "--rank-multiple", "16"),
         *("--layer-error", "0.1", "--form", "full", "--refine-steps", "3", "--wait"),
+        *("--key-mode", "post", "--positions", "4096"),
     )
     assert done.exit_code == 0, done.output
     request = script.runs("calibrate")[0]["request"]
@@ -110,6 +111,7 @@ def test_dataset_files_are_uploaded_and_mixed(server: Server, script: Script, tm
     assert (second["format"], Path(second["source"]).name) == ("text", "dataset-1.text")
     assert third["source"] == "self"
     assert (request["settings"]["refine_steps"], request["rank_multiple"]) == (3, 16)
+    assert (request["settings"]["key_mode"], request["settings"]["positions"]) == ("post", 4096)
     assert (request["budget"], request["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
 
 
