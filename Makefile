@@ -11,7 +11,7 @@ help:
 	@echo "make demo     run the main job end to end on the small model in demo/ (embedded: SQLite, no broker)"
 	@echo "make test     run all tests, on SQLite and on Postgres"
 	@echo "make check    lint, types, import rules, OpenAPI, support table and migrations"
-	@echo "make bench-quality   every method on books-llama-31m: JSON, tables, plot (needs ../shared; hours on a CPU)"
+	@echo "make bench-quality   every method on the bench models: JSON, tables, plots (needs ../shared; hours on a CPU)"
 	@echo "make bench-ablation  what each ingredient of the fit is worth, on the same model"
 	@echo "make format   rewrite sources as the linter wants them"
 	@echo "make openapi  write openapi.json from the code"
@@ -41,8 +41,14 @@ check: $(STAMP)
 	$(BIN)/python -m app.migrate --check
 
 # More options: make bench-quality ARGS="--device cuda --methods eigen:tied,stiefel:joint"
+RESULTS := benchmarks/results
+MIXED := eigen:tied,eigen:joint,weighted:joint,stiefel:joint,stiefel:tied:predictor,oblique:joint
 bench-quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
+	$(BIN)/python -m benchmarks.quality --mixture --num-samples 192 --methods $(MIXED) --key-modes pre \
+		--out $(RESULTS)/quality-books-llama-31m-mixture.json $(ARGS)
+	$(BIN)/python -m benchmarks.quality ../shared/models/books-llama-29m --key-modes pre --kept 0.5,0.25 \
+		--methods eigen:tied,weighted:joint,oblique:joint $(ARGS)
 	$(BIN)/python -m benchmarks.report
 
 bench-ablation: $(STAMP)

@@ -8,7 +8,7 @@ Columns are ordered: the first ``r`` columns are the basis of rank ``r``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -198,10 +198,21 @@ def polar(a: Tensor, iterations: int = 12) -> Tensor:
 RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"cholesky": cholesky_qr, "qr": qr, "polar": polar}
 
 
-def inverse(a: Tensor) -> Tensor:
-    """``a^-1`` of square matrices, not finite where there is none; unlike ``torch.linalg.inv`` without asking, see above."""
-    found: Tensor = torch.linalg.inv_ex(a).inverse
-    return found
+def duals(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """``A^-T`` of square matrices ``[n, width, width]``; not finite where there is none, see :func:`cholesky_qr`.
+
+    Those of one width are inverted together, which on a GPU costs hardly more than one of them.
+    """
+    by_width: dict[int, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        by_width.setdefault(matrix.shape[-1], []).append(i)
+    found: dict[int, Tensor] = {}
+    for indices in by_width.values():
+        stacked = torch.cat([matrices[i] for i in indices])
+        inverses: Tensor = torch.linalg.inv_ex(stacked).inverse
+        parts = inverses.transpose(-1, -2).split([len(matrices[i]) for i in indices])
+        found |= dict(zip(indices, parts, strict=True))
+    return [found[i] for i in range(len(matrices))]
 
 
 def tangent(point: Tensor, gradient: Tensor) -> Tensor:

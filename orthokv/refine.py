@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from orthokv.allocate import allocate, smallest_kept
 from orthokv.attention import Bases, Seam
-from orthokv.basis import Basis, cholesky_qr, inverse, orthonormal, tangent
+from orthokv.basis import Basis, cholesky_qr, duals, orthonormal, tangent
 from orthokv.budget import Budget
 from orthokv.capture import positions_from
 from orthokv.dataset import Block, Blocks, evenly
@@ -100,19 +100,6 @@ class _Side:
 
 
 Ranks = Sequence[tuple[int, int]]
-
-
-def duals(turns: Sequence[Tensor]) -> list[Tensor]:
-    """``A^-T`` of every turn; those of one width are inverted together, which on a GPU costs hardly more than one of them."""
-    by_width: dict[int, list[int]] = {}
-    for i, turn in enumerate(turns):
-        by_width.setdefault(turn.shape[-1], []).append(i)
-    found: dict[int, Tensor] = {}
-    for indices in by_width.values():
-        counts = [len(turns[i]) for i in indices]
-        together = inverse(torch.cat([turns[i] for i in indices])).transpose(-1, -2)
-        found |= dict(zip(indices, together.split(counts), strict=True))
-    return [found[i] for i in range(len(turns))]
 
 
 @dataclass

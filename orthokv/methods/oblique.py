@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from orthokv.attention import Bases
-from orthokv.basis import Basis, Sharing, inverse
+from orthokv.basis import Basis, Sharing, duals
 from orthokv.capture import LayerView
 from orthokv.errors import InvalidSetting
 from orthokv.methods.base import FittedBases
@@ -52,11 +52,19 @@ class Oblique:
         roots = [tuple(m.float().to(device) for m in _scaled(side)) for side in sides]
         optimisers = [Adam(point) for point in points]
 
-        def basis(side: int, rank: int | None = None) -> Basis:
-            root, inverse_root = roots[side]
-            dual = inverse(points[side]).transpose(-1, -2)
-            encoder, decoder = root @ points[side][..., :rank], inverse_root @ dual[..., :rank]
-            return Basis(encoder, decoder, geometry.kv_heads, geometry.head_dim)
+        def pair(rank_key: int | None = None, rank_value: int | None = None) -> tuple[Basis, Basis]:
+            key, value = (
+                Basis(
+                    root @ point[..., :rank],
+                    inverse_root @ dual[..., :rank],
+                    geometry.kv_heads,
+                    geometry.head_dim,
+                )
+                for point, dual, (root, inverse_root), rank in zip(
+                    points, duals(points), roots, (rank_key, rank_value), strict=True
+                )
+            )
+            return key, value
 
         def update(i: int, gradient: Tensor, factor: float) -> None:
             step = self.step_size * factor / points[i].shape[-2] ** 0.5
@@ -65,14 +73,14 @@ class Oblique:
         losses = descend(
             view,
             points,
-            lambda rank_key, rank_value: Bases(basis(0, rank_key), basis(1, rank_value)),
+            lambda rank_key, rank_value: Bases(*pair(rank_key, rank_value)),
             update,
             widths=(points[0].shape[-1], points[1].shape[-1]),
             steps=self.steps,
             seed=seed,
             share=self.share,
         )
-        return FittedBases(basis(0), basis(1), {"loss": losses})
+        return FittedBases(*pair(), {"loss": losses})
 
 
 def _scaled(side: Whitened) -> tuple[Tensor, Tensor]:
