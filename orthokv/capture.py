@@ -103,6 +103,21 @@ def positions_from(start: int, tokens: Tensor, device: torch.device) -> dict[str
     return {"position_ids": torch.arange(start, start + tokens.shape[-1], device=device).unsqueeze(0)}
 
 
+@contextmanager
+def layers_replaced(layers: nn.ModuleList, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """The model's own forward around other layers: what comes before and after them is never re-implemented here."""
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer, forward in zip(layers, forwards, strict=True):
+            layer.forward = forward
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            layer.__dict__.pop("forward", None)
+            if own is not None:
+                layer.forward = own
+
+
 class LayerWalk:
     """Feeds equally long blocks through a model one decoder layer at a time.
 
@@ -182,7 +197,7 @@ class LayerWalk:
             found.append((hidden_states, kwargs))
             raise _Stop
 
-        with self._layers_replaced([stop, *[self._pass_on] * (len(self) - 1)]), suppress(_Stop):
+        with layers_replaced(self.layers, [stop, *[self._pass_on] * (len(self) - 1)]), suppress(_Stop):
             self._call(tokens, start)
         return found[0]
 
@@ -197,7 +212,7 @@ class LayerWalk:
                 raise _Stop
             return self._pass_on(hidden_states)
 
-        with self._layers_replaced([record] * len(self)), suppress(_Stop):
+        with layers_replaced(self.layers, [record] * len(self)), suppress(_Stop):
             self._call(tokens, start)
         return seen
 
@@ -207,20 +222,6 @@ class LayerWalk:
 
     def _pass_on(self, hidden_states: Tensor, **kwargs: Any) -> Any:
         return (hidden_states, None) if self._tuples else hidden_states
-
-    @contextmanager
-    def _layers_replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """The model's own forward around other layers: what comes before and after them is never re-implemented here."""
-        before = [layer.__dict__.get("forward") for layer in self.layers]
-        try:
-            for layer, forward in zip(self.layers, forwards, strict=True):
-                layer.forward = forward
-            yield
-        finally:
-            for layer, own in zip(self.layers, before, strict=True):
-                layer.__dict__.pop("forward", None)
-                if own is not None:
-                    layer.forward = own
 
     def forward(self, layer: int, hidden: Tensor, blocks: Sequence[int]) -> Tensor:
         """One decoder layer on ``hidden`` ``[b, T, hidden]`` of some blocks, through whatever the seam does there now."""
@@ -265,7 +266,7 @@ class LayerWalk:
         def last(hidden_states: Tensor, **kwargs: Any) -> Any:
             return self._pass_on(hidden.to(self.device))
 
-        with self._layers_replaced([*[self._pass_on] * (len(self) - 1), last]):
+        with layers_replaced(self.layers, [*[self._pass_on] * (len(self) - 1), last]):
             output = self.model(self.tokens[blocks].to(self.device), use_cache=False)
         return cast(Tensor, output.logits)
 

@@ -52,7 +52,7 @@ HOLDOUT_SHARE = 8
 # Each layer's sensitivity is measured at about this share of its widths, where typical plans lie.
 SENSITIVITY_SHARE = 0.25
 SENSITIVITY_BLOCKS = 2
-SECOND_DOMAIN_LENGTH = 512
+SECOND_DOMAIN_LENGTH = 256
 
 
 @dataclass(frozen=True)

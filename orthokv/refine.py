@@ -22,10 +22,11 @@ from orthokv.allocate import allocate, smallest_kept
 from orthokv.attention import Bases, Seam
 from orthokv.basis import Basis, cholesky_qr, duals, orthonormal, tangent
 from orthokv.budget import Budget
-from orthokv.capture import positions_from
+from orthokv.capture import layers_replaced, positions_from
 from orthokv.dataset import Block, Blocks, evenly
 from orthokv.errors import InvalidModel, InvalidSetting
 from orthokv.evaluate import PART_TOKENS, compressed, kl_sum
+from orthokv.geometry import decoder_layers
 from orthokv.methods.learning import Adam
 from orthokv.profile import ErrorProfile
 from orthokv.progress import Reporter, Step, silent
@@ -130,32 +131,69 @@ class _Student:
         ]
         return list(zip(found[::2], found[1::2], strict=True))
 
-    @torch.no_grad()
-    def teacher(self, block: Block) -> Tensor:
-        """Logits of the uncompressed model on one block of ``T`` tokens: ``[T - 1, vocabulary]``."""
-        with compressed(self.seam, [None] * len(self.sides)):
-            return self._logits(block)
-
-    def divergence(self, teacher: Tensor, block: Block, ranks: Ranks) -> Tensor:
+    def divergence(self, dense: Tensor, block: Block, ranks: Ranks) -> Tensor:
         """Mean KL a token of one block, in nats, at the given ranks; differentiable in the turns."""
         dtype = self.seam.model.dtype
         bases = [
             Bases(key.to(dtype=dtype), value.to(dtype=dtype)) for key, value in self.turned(self.turns, ranks)
         ]
         with compressed(self.seam, bases):
-            student = self._logits(block)
+            student = logits_of(self.seam.model, block)
         # A part's distributions are computed again for its gradient: of a large vocabulary they would be the
         # largest tensors of the stage.
-        parts = zip(teacher.split(PART_TOKENS), student.split(PART_TOKENS), strict=True)
-        sums = [checkpoint(kl_sum, dense, other, use_reentrant=False) for dense, other in parts]
-        return torch.stack(sums).sum() / len(teacher)
+        parts = zip(dense.split(PART_TOKENS), student.split(PART_TOKENS), strict=True)
+        sums = [checkpoint(kl_sum, p, q, use_reentrant=False) for p, q in parts]
+        return torch.stack(sums).sum() / len(dense)
 
-    def _logits(self, block: Block) -> Tensor:
-        model: Any = self.seam.model
-        ids = block.tokens.unsqueeze(0).to(model.device)
-        output = model(ids, use_cache=False, **positions_from(block.start, ids, model.device))
-        found: Tensor = output.logits[0, :-1]
-        return found
+
+def logits_of(model: PreTrainedModel, block: Block) -> Tensor:
+    """Logits ``[T - 1, vocabulary]`` of one block of ``T`` tokens, of the model as it is now."""
+    ids = block.tokens.unsqueeze(0).to(model.device)
+    called: Any = model
+    found: Tensor = called(ids, use_cache=False, **positions_from(block.start, ids, model.device)).logits
+    return found[0, :-1]
+
+
+class _Teacher:
+    """The uncompressed model. Of a block that it has seen it keeps what the last decoder layer made of it, so that each
+    block runs through the layers once; logits of a large vocabulary would be too much to keep.
+    """
+
+    def __init__(self, seam: Seam) -> None:
+        self.seam = seam
+        self.layers = decoder_layers(seam.model)
+        self._last: dict[int, Any] = {}
+
+    @torch.no_grad()
+    def logits(self, block: Block, number: int | None = None) -> Tensor:
+        """Logits ``[T - 1, vocabulary]``; under ``number`` the block is remembered."""
+        if number is None:
+            return self._run(block)
+        if number not in self._last:
+            keep = self.layers[-1].register_forward_hook(
+                lambda module, args, output: self._last.__setitem__(number, output)
+            )
+            try:
+                return self._run(block)
+            finally:
+                keep.remove()
+        output = self._last[number]
+        # The layers before it pass their input on, in the form that this model's layers have.
+        others = [_pass_on_tuple if isinstance(output, tuple) else _pass_on] * (len(self.layers) - 1)
+        with layers_replaced(self.layers, [*others, lambda *args, **kwargs: output]):
+            return logits_of(self.seam.model, block)
+
+    def _run(self, block: Block) -> Tensor:
+        with compressed(self.seam, [None] * len(self.layers)):
+            return logits_of(self.seam.model, block)
+
+
+def _pass_on(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+def _pass_on_tuple(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    return hidden_states, None
 
 
 def refine(
@@ -188,12 +226,12 @@ def refine(
     order: list[int] = []
     scores: list[float] = []
     with Seam(model, profile.key_mode) as seam:
-        student = _Student.of(seam, profile)
+        student, teacher = _Student.of(seam, profile), _Teacher(seam)
         turns = student.turns
         best = [turn.clone() for turn in turns]
         for step in range(settings.steps + 1):
             if step * CHECKS % settings.steps < CHECKS or step == settings.steps:
-                scores.append(_score(student, watched, judged))
+                scores.append(_score(teacher, student, watched, judged))
                 if not math.isfinite(scores[-1]):
                     raise InvalidModel(
                         f"the divergence of the predictions is not finite at refinement step {step}"
@@ -207,7 +245,9 @@ def refine(
                 break
             order = order or torch.randperm(len(calibration), generator=generator).tolist()
             ranks = plans[int((step + 1) * _GOLDEN % 1.0 * len(plans))]
-            _step(student, calibration[order.pop()], ranks, settings, step)
+            number = order.pop()
+            block = calibration[number]
+            _step(student, teacher.logits(block, number), block, ranks, settings, step)
         full = [(layer.key.rank, layer.value.rank) for layer in profile.layers]
         layers = [
             replace(layer, key=key.to("cpu").contiguous(), value=value.to("cpu").contiguous())
@@ -216,7 +256,9 @@ def refine(
     return replace(profile, layers=tuple(layers)), scores
 
 
-def _step(student: _Student, block: Block, ranks: Ranks, settings: Refinement, step: int) -> None:
+def _step(
+    student: _Student, dense: Tensor, block: Block, ranks: Ranks, settings: Refinement, step: int
+) -> None:
     """One step. A divergence that is not finite makes the turns so too, which the next check sees."""
     turns = student.turns
     for turn in turns:
@@ -224,7 +266,7 @@ def _step(student: _Student, block: Block, ranks: Ranks, settings: Refinement, s
     try:
         with torch.enable_grad(), repeatable():
             # The logarithm: a divergence at small ranks is a hundred times that at large ones, which would not count.
-            loss = student.divergence(student.teacher(block), block, ranks).clamp_min(1e-20).log()
+            loss = student.divergence(dense, block, ranks).clamp_min(1e-20).log()
             gradients = torch.autograd.grad(loss, turns)
     finally:
         for turn in turns:
@@ -237,12 +279,9 @@ def _step(student: _Student, block: Block, ranks: Ranks, settings: Refinement, s
 
 
 @torch.no_grad()
-def _score(student: _Student, watched: Sequence[Block], plans: Sequence[Ranks]) -> float:
+def _score(teacher: _Teacher, student: _Student, watched: Sequence[Block], plans: Sequence[Ranks]) -> float:
     found: list[float] = []
     for block in watched:
-        teacher = student.teacher(block)
-        found += [float(student.divergence(teacher, block, ranks)) for ranks in plans]
-    # Not ``max``, which would take a NaN for the smaller number.
-    return sum(math.log(x) if x > 1e-20 else (x if math.isnan(x) else math.log(1e-20)) for x in found) / len(
-        found
-    )
+        dense = teacher.logits(block)
+        found += [float(student.divergence(dense, block, ranks)) for ranks in plans]
+    return sum(math.log(max(x, 1e-20)) for x in found) / len(found)

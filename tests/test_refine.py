@@ -20,7 +20,7 @@ from orthokv.errors import InvalidSetting
 from orthokv.evaluate import quality
 from orthokv.pipeline import FitSettings, planned_bases
 from orthokv.profile import ErrorProfile
-from orthokv.refine import Refinement, refine
+from orthokv.refine import Refinement, _Teacher, refine
 from tests.tiny import tiny_blocks, tiny_folder, tiny_model, tiny_profile
 
 METHODS = ("eigen", "weighted")  # a point of the manifold, and an oblique pair
@@ -162,3 +162,15 @@ def test_settings_that_cannot_be_are_refused() -> None:
     ):
         with pytest.raises(InvalidSetting, match=r"steps|step_size"):
             make()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "mpt"])
+def test_the_teacher_says_the_same_of_a_block_that_it_has_seen(architecture: str) -> None:
+    """Softcaps, scales and norms behind the layers included."""
+    model, block = tiny_model(architecture), tiny_blocks(2, 16)[1]
+    with Seam(model, "post") as seam:
+        teacher = _Teacher(seam)
+        first, again = teacher.logits(block, 0), teacher.logits(block, 0)
+        assert torch.equal(first, teacher.logits(block))
+    assert torch.equal(first, again)
+    assert torch.equal(first, model(block.tokens.unsqueeze(0), use_cache=False).logits[0, :-1])
