@@ -1,4 +1,8 @@
-"""`orthokv serve` and `orthokv jobs ...`. Exit codes: 0 done, 1 failed, 2 bad input, 3 budget unreachable."""
+"""`orthokv serve` and `orthokv jobs ...`.
+
+Exit codes: 0 done, 2 bad input (also when a job's model, dataset or settings turned out to be so), 3 budget unreachable,
+1 anything else.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 from pydantic import ValidationError
@@ -16,6 +21,8 @@ from app.client import Client, DigestMismatch, Refused, Unreachable
 from app.watch import show, summary
 
 FAILED, BAD_INPUT, BUDGET_UNREACHABLE = 1, 2, 3
+# Why a job failed that is not its input's fault; other codes are.
+OURS = {"storage_error", "out_of_memory", "worker_lost", "internal"}
 
 jobs = typer.Typer(help="Submit and follow jobs of a running service.", no_args_is_help=True)
 
@@ -63,6 +70,9 @@ def _stop(message: str, code: int) -> typer.Exit:
 @contextmanager
 def _connected(url: str) -> Iterator[Client]:
     """A client whose failures become one line and an exit code."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise _stop(f"{url!r} is not the URL of a server, such as {DEFAULT_URL}", BAD_INPUT)
     try:
         with Client(url) as client:
             yield client
@@ -82,6 +92,7 @@ def serve(
 ) -> None:
     """Run the service on this machine: API, worker, database and files, no other server needed."""
     from app import embedded  # not for `orthokv jobs`, which is to start fast
+    from app.database import DatabaseUnusable
     from app.settings import Settings
 
     if not embedded.is_loopback(host):
@@ -98,8 +109,10 @@ def serve(
     except ValidationError as error:
         first = error.errors()[0]
         raise _stop(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}", BAD_INPUT) from error
-    except (embedded.FolderInUse, OSError) as error:
+    except (embedded.FolderInUse, DatabaseUnusable) as error:
         raise _stop(str(error), BAD_INPUT) from error
+    except OSError as error:
+        raise _stop(f"cannot serve {data} on {host}:{port}: {error.strerror or error}", BAD_INPUT) from error
 
 
 @jobs.command()
@@ -234,8 +247,13 @@ def _follow(client: Client, job_id: str) -> None:
     for line in summary(job):
         typer.echo(line, err=not ok)
     if not ok:
-        error = job["error"] or {}
-        raise typer.Exit(BUDGET_UNREACHABLE if error.get("code") == "budget_unreachable" else FAILED)
+        raise typer.Exit(_exit_code(job["error"]))
+
+
+def _exit_code(error: dict[str, Any] | None) -> int:
+    if error is None or error["code"] in OURS:  # cancelled, or none of the input's fault
+        return FAILED
+    return BUDGET_UNREACHABLE if error["code"] == "budget_unreachable" else BAD_INPUT
 
 
 def _download(client: Client, artifacts: list[dict[str, Any]], folder: Path) -> None:

@@ -41,6 +41,10 @@ SQLITE_BUSY_MILLISECONDS = 30_000
 _SQLITE_TIME = "%Y-%m-%d %H:%M:%S.%f"
 
 
+class DatabaseUnusable(Exception):
+    """The URL names no database that can be used: an unknown kind, no server there, a file of another kind."""
+
+
 class Base(DeclarativeBase):
     """Base of every model. The naming convention lets a migration name a constraint it has to change."""
 
@@ -124,7 +128,7 @@ def _driver_url(url: str, *, sqlite_driver: str) -> URL:
         return parsed.set(drivername=f"sqlite+{sqlite_driver}")
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
-    raise ValueError(f"database {backend!r} is not supported: use sqlite or postgresql")
+    raise DatabaseUnusable(f"database {backend!r} is not supported: use sqlite or postgresql")
 
 
 def _prepare(engine: Engine) -> None:

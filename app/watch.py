@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 Job = dict[str, Any]
-_NO_PROGRESS: Job = {"done": 0, "total": None, "unit": ""}
-_ALL_DONE: Job = {"done": 1, "total": 1, "unit": ""}
 
 
 def show(jobs: Iterable[Job], console: Console) -> Job:
@@ -57,21 +55,24 @@ def _bar(jobs: Iterable[Job], console: Console) -> Job:
     columns = (
         TextColumn("{task.fields[status]:>10} {task.description:<12}"),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
+        TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
     job: Job = {}
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("queued", total=None, status="", unit="")
+        task, phase = bar.add_task("queued", total=None, status="", amount=""), "queued"
         for job in jobs:
-            idle = _ALL_DONE if job["status"] == "succeeded" else _NO_PROGRESS
-            progress = job["progress"] or idle
-            bar.update(
-                task,
-                description=job["phase"],
-                completed=progress["done"],
-                total=progress["total"],
-                status=job["status"],
-                unit=progress["unit"],
-            )
+            progress = job["progress"]
+            if job["phase"] != phase or progress is None:
+                # A bar keeps the total of its last phase: each has one of its own.
+                bar.remove_task(task)
+                phase = job["phase"]
+                total = 1 if job["status"] == "succeeded" else None
+                task = bar.add_task(phase, total=total, status=job["status"], amount="")
+            if progress is not None:
+                amount = f"{progress['done']}/{progress['total']} {progress['unit']}"
+                bar.update(task, completed=progress["done"], total=progress["total"], amount=amount)
+            elif job["status"] == "succeeded":
+                bar.update(task, completed=1)
+            bar.update(task, status=job["status"])
     return job

@@ -25,6 +25,7 @@ from app.client import Client
 from orthokv.allocate import allocate
 from orthokv.budget import Budget
 from orthokv.checkpoint import read_checkpoint
+from orthokv.cli import TABLE_COLUMNS
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.dataset import TextSource, self_text
 from orthokv.pipeline import FitSettings, evaluate_checkpoint, load, prepare_blocks
@@ -47,7 +48,7 @@ EVALUATION_SAMPLES = 32
 PREDICTOR_EPOCHS = 6
 PROMPT = "The house stood at the end of a long road, and"
 
-console = Console(width=None if sys.stdout.isatty() else 120)
+console = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
 
 
 def say(text: str) -> None:
@@ -165,6 +166,11 @@ def main() -> None:
     say("6. Measure it beside the baselines, on text the model writes itself (another seed)")
     rows = measure({BUDGET: half, SECOND_BUDGET: quarter}, dataset)
     console.print(comparison_table(rows, rows[0].perplexity_dense))
+    console.print(
+        f"The predictor is StiefAttention's, here after {PREDICTOR_EPOCHS} of its up to 50 epochs. "
+        "With all of them, on a larger model: docs/results.md.",
+        highlight=False,
+    )
     profile = ErrorProfile.load(OUT / "profile")
     plots = [
         plot_profile(profile, OUT / "profile.png"),

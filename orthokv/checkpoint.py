@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,10 +279,24 @@ def record_measurements(folder: Path, measured: dict[str, Any]) -> None:
             lines = [*untouched, *(written / SUMS).read_text(encoding="utf-8").splitlines()]
             lines.sort(key=lambda line: line.split("  ", 1)[1])
             (written / SUMS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            for file in (CARD, CONFIG, SUMS):
-                os.replace(written / file, folder / file)
+            _swap(written, folder, (CARD, CONFIG, SUMS))
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {error.strerror}; it is as it was") from error
+
+
+def _swap(written: Path, folder: Path, names: Sequence[str]) -> None:
+    """Put files in the place of others of the same names: all of them, or where one cannot be moved none."""
+    for name in names:
+        os.link(folder / name, written / f"old-{name}")  # takes no room on a disk that is full
+    moved: list[str] = []
+    try:
+        for name in names:
+            os.replace(written / name, folder / name)
+            moved.append(name)
+    except OSError:
+        for name in moved:
+            os.replace(written / f"old-{name}", folder / name)
+        raise
 
 
 # ---------------------------------------------------------------------------------------------------- read

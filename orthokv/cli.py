@@ -34,13 +34,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-# Off a terminal (a pipe, a log) rich would cut tables at 80 columns.
-out_console = Console(width=None if sys.stdout.isatty() else 120)
+# Off a terminal (a pipe, a log) rich would cut tables at 80 columns; the widest has this many.
+TABLE_COLUMNS = 140
+out_console = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
 err_console = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="A local folder or a hub id; safetensors only, no remote code.")]
 _TEXT = "JSONL, plain text, Parquet, a hub data set id, or 'self': the model writes its own."
-Dataset = Annotated[str, typer.Option(help=_TEXT)]
+Dataset = Annotated[str, typer.Option(help="JSONL, plain text, Parquet or a hub data set id.")]
 Datasets = Annotated[
     list[str], typer.Option("--dataset", help=f"{_TEXT} Given several times: a mixture in equal parts.")
 ]
@@ -66,7 +67,12 @@ RankChoices = Annotated[
     str | None, typer.Option(help="Every rank is one of these, separated by commas, e.g. 32,64,128.")
 ]
 Samples = Annotated[int, typer.Option(help="Number of token blocks.")]
-Length = Annotated[int, typer.Option(help="Tokens in a block.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens in a block. Default: 1024, or the model's longest context where that is shorter."
+    ),
+]
 Positions = Annotated[
     int | None,
     typer.Option(
@@ -89,6 +95,8 @@ FormOption = Annotated[str, typer.Option(help="adapter, or full: with the base m
 Out = Annotated[Path, typer.Option(help="A folder that does not exist yet.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
+DEFAULT_LENGTH = 1024
+
 
 @contextmanager
 def reporter() -> Iterator[Reporter]:
@@ -98,6 +106,10 @@ def reporter() -> Iterator[Reporter]:
             yield bar
     else:
         yield PlainReporter()
+
+
+def _length(given: int | None, longest: int) -> int:
+    return min(DEFAULT_LENGTH, longest) if given is None else given
 
 
 def _text(names: list[str], field: str) -> TextSource | TextMixture:
@@ -137,7 +149,7 @@ def compress(
     rank_multiple: RankMultiple = 1,
     rank_choices: RankChoices = None,
     num_samples: Samples = 64,
-    sequence_length: Length = 1024,
+    sequence_length: Length = None,
     positions: Positions = None,
     field: Field = "text",
     form: FormOption = "adapter",
@@ -154,12 +166,15 @@ def compress(
     from orthokv.checkpoint import FORMS
     from orthokv.errors import InvalidSetting
     from orthokv.memory import GIB, peak_bytes, peak_device_bytes
-    from orthokv.pipeline import FitSettings
+    from orthokv.pipeline import FitSettings, read_geometry
     from orthokv.pipeline import compress as run
     from orthokv.source import resolve_model
 
     if form not in FORMS:
         raise InvalidSetting(f"form must be one of {', '.join(FORMS)}, not {form!r}")
+    _refuse_taken(out)
+    _check_spill(spill)
+    source = resolve_model(model, revision=revision)
     settings = FitSettings(
         method=method,
         sharing=sharing,  # type: ignore[arg-type]
@@ -170,13 +185,10 @@ def compress(
         refine_steps=refine_steps,
         propagate=propagate,
         num_samples=num_samples,
-        sequence_length=sequence_length,
+        sequence_length=_length(sequence_length, read_geometry(source).max_positions),
         positions=positions,
         seed=seed,
     )
-    _refuse_taken(out)
-    _check_spill(spill)
-    source = resolve_model(model, revision=revision)
     with reporter() as report, spilled_to(spill):
         made = run(
             source,
@@ -222,7 +234,7 @@ def evaluate(
         str | None, typer.Option(help="The base model, where it is not the one recorded.")
     ] = None,
     num_samples: Samples = 32,
-    sequence_length: Length = 1024,
+    sequence_length: Length = None,
     start_position: Annotated[
         int,
         typer.Option(min=0, help="Where the blocks begin: near the longest context, to test its far end."),
@@ -244,14 +256,16 @@ def evaluate(
 
     _check_spill(spill)
     found = read_checkpoint(checkpoint)
+    length = _length(sequence_length, found.geometry.max_positions - start_position)
     if start_position:
-        check_positions(found.geometry, start_position + sequence_length)
+        check_positions(found.geometry, start_position + length)
+    _needs_text(dataset)
     source = _base_of(found.config["base_model"], model, revision)
     blocks = load_blocks(
         TextSource(dataset, field=field),
         load_tokenizer(source),
         num_samples=num_samples,
-        sequence_length=sequence_length,
+        sequence_length=length,
         max_positions=found.geometry.max_positions,
     ).placed([start_position] * num_samples)
     loaded = load(source, device, streaming=streaming)  # type: ignore[arg-type]
@@ -280,7 +294,7 @@ def compare(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps a layer of the learned methods.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the blocks of stiefel's predictor.")] = None,
     num_samples: Samples = 64,
-    sequence_length: Length = 1024,
+    sequence_length: Length = None,
     eval_samples: Annotated[int, typer.Option(help="Blocks to evaluate on.")] = 32,
     field: Field = "text",
     seed: int = 0,
@@ -301,23 +315,26 @@ def compare(
     from orthokv.tables import comparison_table
 
     _check_plot(plot)
+    _needs_text(evaluation)
     choices = [MethodChoice.parse(text) for text in methods.split(",")]
     shares = _shares(kept)
     rules = [rule for rule in ALLOCATIONS if rule != "threshold"]  # which only some methods have
     if allocation not in rules:
         raise InvalidSetting(f"allocation must be one of {', '.join(rules)}, not {allocation!r}")
+    source = resolve_model(model, revision=revision)
+    geometry = read_geometry(source)
+    length = _length(sequence_length, geometry.max_positions)
     settings = FitSettings(
         method="stiefel",  # the one that has all hyper-parameters; each choice takes those that it has
         key_mode=key_mode,  # type: ignore[arg-type]
         num_samples=num_samples,
-        sequence_length=sequence_length,
+        sequence_length=length,
         seed=seed,
         steps=steps,
         epochs=epochs,
     )
-    source = resolve_model(model, revision=revision)
     for choice in choices:
-        sharings_of(choice.settings(settings).sharing, read_geometry(source))
+        sharings_of(choice.settings(settings).sharing, geometry)
     loaded = load(source, device, streaming=streaming)  # type: ignore[arg-type]
     with reporter() as report:
         blocks = prepare_blocks(source, _text(dataset, field), settings, loaded, report)
@@ -325,7 +342,7 @@ def compare(
             TextSource(evaluation, field=field),
             load_tokenizer(source),
             num_samples=eval_samples,
-            sequence_length=sequence_length,
+            sequence_length=length,
         )
         rows = compare_methods(
             loaded,
@@ -474,6 +491,16 @@ def _refuse_taken(out: Path) -> None:
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidSetting(f"{out} exists and is not an empty folder")
+
+
+def _needs_text(dataset: str) -> None:
+    """Text that the model writes flatters it: predictions are measured on text that it did not."""
+    from orthokv.errors import InvalidSetting
+
+    if dataset == "self":
+        raise InvalidSetting(
+            "measuring needs text that the model did not write itself: name a file or a data set"
+        )
 
 
 def _check_spill(spill: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -963,3 +964,25 @@ def test_bases_are_no_part_of_the_state_dict_and_follow_the_model(adapter: Path)
     assert len(bases) == 3
     nn.Module.to(model, torch.float64)
     assert all(buffer.dtype == torch.float64 for module in bases for buffer in module.buffers())
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_measurements_that_cannot_all_be_moved_in_leave_the_checkpoint_as_it_was(
+    adapter: Path, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    moves, replace_file = [], os.replace
+
+    def move(source: Any, target: Any) -> None:
+        moves.append(target)
+        if len(moves) == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", move)
+    with pytest.raises(StorageError, match="it is as it was"):
+        record_measurements(adapter, MEASURED)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == before
+    assert [path for path in adapter.parent.iterdir() if path.name.startswith(".measured")] == []
+    verify_files(adapter)

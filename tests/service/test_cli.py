@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from app.cli import jobs
+from app.cli import OURS, _exit_code, jobs
+from app.jobs.vocabulary import JobErrorCode
+from app.watch import show
 from tests.server import REPOSITORY, Server
 from tests.service.factories import Script
 
@@ -130,11 +135,18 @@ def test_a_budget_out_of_reach_is_exit_code_3(server: Server, script: Script) ->
     assert "best reached: 0.07" in done.stderr
 
 
-def test_a_failed_job_is_exit_code_1(server: Server, script: Script) -> None:
+def test_a_job_whose_input_turns_out_bad_is_exit_code_2(server: Server, script: Script) -> None:
     script.write({"step": "resolve", "run": 0, "do": "user_error"})
     done = submit(server, "--wait")
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "model_unsupported: Architecture Foo is not supported." in done.stderr
+
+
+def test_only_failures_that_are_not_the_inputs_are_exit_code_1() -> None:
+    """Every code of the vocabulary is on one side or the other: a new one has to be thought about."""
+    codes = {code: _exit_code({"code": code.value}) for code in JobErrorCode}
+    assert {code.value for code, exit_code in codes.items() if exit_code == 1} == OURS
+    assert codes[JobErrorCode.BUDGET_UNREACHABLE] == 3
 
 
 def test_watch_list_and_cancel(server: Server, script: Script) -> None:
@@ -162,6 +174,7 @@ def test_watch_list_and_cancel(server: Server, script: Script) -> None:
         (["cancel", "job_" + "0" * 26], "No such job"),
         (["download", "job_" + "0" * 26, "--out", "x"], "No such job"),
         (["download", "job_" + "0" * 26], "say where to"),
+        (["list", "--url", "foo"], "is not the URL of a server"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(server: Server, arguments: list[str], message: str) -> None:
@@ -177,15 +190,37 @@ def test_no_server_is_exit_code_1() -> None:
     assert "cannot reach http://127.0.0.1:9" in done.stderr
 
 
-def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+def serve(*arguments: str, database: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "import typer, app.cli; typer.run(app.cli.serve)", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=False)
+    environment = {**os.environ, "ORTHOKV_DATABASE_URL": database}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY, check=False, env=environment
+    )
 
 
 def test_a_second_server_refuses_the_folder(server: Server) -> None:
     second = serve("--data", str(server.data), "--port", "0")
     assert second.returncode == 2
     assert "another OrthoKV server uses" in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mysql://root@127.0.0.1/x", "database 'mysql' is not supported"),
+        ("postgresql://nobody:secret@127.0.0.1:9/x", "127.0.0.1:9/x cannot be used"),
+        ("sqlite:///{folder}/readme.txt", "file is not a database"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_bad_input(tmp_path: Path, url: str, message: str) -> None:
+    (tmp_path / "readme.txt").write_text(
+        "not a database, though it is as long as the header of one would be\n" * 9
+    )
+    refused = serve("--data", str(tmp_path / "data"), database=url.format(folder=tmp_path))
+    assert refused.returncode == 2, refused.stderr
+    assert message in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+    assert "secret" not in refused.stderr
 
 
 def test_a_server_stays_on_the_loopback(tmp_path: Path) -> None:
@@ -199,3 +234,22 @@ def test_a_port_that_is_taken_is_bad_input(server: Server, tmp_path: Path) -> No
     refused = serve("--data", str(tmp_path / "data"), "--port", server.url.rsplit(":", 1)[1])
     assert refused.returncode == 2
     assert "in use" in refused.stderr
+
+
+def test_a_bar_shows_no_count_before_there_is_one_nor_that_of_the_phase_before() -> None:
+    def state(status: str, phase: str, *progress: object) -> dict[str, object]:
+        counted = dict(zip(("done", "total", "unit"), progress, strict=False)) or None
+        return {"status": status, "phase": phase, "progress": counted}
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
+    states = [
+        state("queued", "queued"),
+        state("running", "fitting", 252, 252, "layers"),
+        state("running", "packaging"),
+        state("succeeded", "finished"),
+    ]
+    assert show(iter(states), terminal)["phase"] == "finished"
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "None" not in shown
+    last = shown[shown.rindex("finished") :]
+    assert "252" not in last
