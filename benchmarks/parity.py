@@ -78,11 +78,12 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", help="of the model, e.g. float32; by default its own, float32 on a CPU")
     parser.add_argument("--against", type=Path, help="what another device wrote, to be compared with")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     need_shared(given.model, CALIBRATION[0], TEXTS["books-eval"])
-    bench = Bench.load(given.model, given.device)
+    bench = Bench.load(given.model, given.device, given.dtype)
     choice = MethodChoice.parse(given.method)
     settings = choice.settings(
         FitSettings("stiefel", num_samples=given.num_samples, sequence_length=given.sequence_length)
