@@ -210,7 +210,11 @@ def list_jobs(
         for job in client.call("GET", "/v1/jobs", params=query)["data"]:
             budget = job["spec"]["budget"]
             asked = f"{budget['metric']}={budget['value']:g}"
-            typer.echo(f"{job['id']}  {job['status']:<10}  {job['phase']:<12}  {asked}")
+            # A job from a stored profile names no model.
+            subject = job["spec"]["model"]["id"] if "model" in job["spec"] else job["spec"]["profile_id"]
+            typer.echo(
+                f"{job['id']}  {job['created_at']}  {job['status']:<10}  {job['phase']:<12}  {asked}  {subject}"
+            )
 
 
 @jobs.command()

@@ -98,6 +98,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DEFAULT_LENGTH = 1024
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from orthokv import __version__
+
+        out_console.print(f"orthokv {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make the KV cache of a language model several times smaller."""
+
+
 @contextmanager
 def reporter() -> Iterator[Reporter]:
     """A live bar in a terminal, plain lines otherwise; both on standard error."""
@@ -469,6 +486,8 @@ def inspect(
             f"keys {described['key_mode']}-RoPE, base model {described['base_model']['id']}",
             soft_wrap=True,
         )
+        pairs = ", ".join(f"{r['key']['rank']}/{r['value']['rank']}" for r in described["ranks"])
+        out_console.print(f"ranks per group, keys/values, by layer: {pairs}", soft_wrap=True, highlight=False)
         if described["measured"] is not None:
             _print_quality(described["measured"])
 

@@ -77,6 +77,8 @@ class BarReporter:
             task = self._tasks[step.phase] = self._progress.add_task(
                 step.phase, total=step.total, unit=step.unit
             )
+        if step.done < self._progress.tasks[self._progress.task_ids.index(task)].completed:
+            self._progress.reset(task)  # the phase comes again, as sensitivities do after a refinement
         self._progress.update(task, completed=step.done, total=step.total)
 
 

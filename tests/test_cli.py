@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from orthokv import __version__
 from orthokv.checkpoint import CONFIG, TENSORS, read_checkpoint
 from orthokv.cli import main
 from orthokv.digests import verify_files
@@ -752,3 +753,10 @@ def test_a_checkpoint_made_from_a_relative_path_is_usable_from_another_folder(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = run("generate", tmp_path / "out", "--prompt", "abc", "--max-new-tokens", 2)
     assert said.code == 0, said.err
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"orthokv {__version__}\n"
