@@ -16,8 +16,9 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 log = structlog.get_logger(__name__)
 
@@ -39,6 +40,7 @@ class Code(StrEnum):
     CONFLICT = "conflict"
     DATASET_NOT_READY = "dataset_not_ready"
     BODY_TOO_LARGE = "body_too_large"
+    UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
     RANGE_NOT_SATISFIABLE = "range_not_satisfiable"
     INVALID_REQUEST = "invalid_request"
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
@@ -61,6 +63,7 @@ _STATUS: dict[Code, int] = {
     Code.CONFLICT: 409,
     Code.DATASET_NOT_READY: 409,
     Code.BODY_TOO_LARGE: 413,
+    Code.UNSUPPORTED_MEDIA_TYPE: 415,
     Code.RANGE_NOT_SATISFIABLE: 416,
     Code.INVALID_REQUEST: 422,
     Code.IDEMPOTENCY_KEY_REUSED: 422,
@@ -151,6 +154,7 @@ def documented(*codes: Code) -> dict[int | str, dict[str, Any]]:
     }
 
 
+_METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _HTTP_CODES: dict[int, tuple[Code, str]] = {
     404: (Code.NOT_FOUND, "No such resource."),
     405: (Code.METHOD_NOT_ALLOWED, "This resource does not have this method."),
@@ -162,6 +166,8 @@ _QUOTING = {"union_tag_invalid": "is none of the accepted types", "json_invalid"
 
 def _field_problem(error: dict[str, Any]) -> FieldProblem:
     place, *path = error["loc"]
+    if error["type"] == "json_invalid":
+        path = []  # an offset in the text, which is no place in a document
     if place == "body":
         pointer = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
     else:
@@ -178,9 +184,22 @@ def _from_validation(error: RequestValidationError) -> Problem:
     return Problem(Code.INVALID_REQUEST, "The request does not fit its schema.", errors=fields)
 
 
-def _from_http(error: HTTPException) -> Problem:
+def _from_http(request: Request, error: HTTPException) -> Problem:
     code, detail = _HTTP_CODES.get(error.status_code, (Code.BAD_REQUEST, "The request cannot be read."))
-    return Problem(code, detail, headers=error.headers)
+    headers = dict(error.headers or {})
+    if code is Code.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(sorted(_methods(request)))
+    return Problem(code, detail, headers=headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """All methods of a path: each of its routes alone knows only its own."""
+    found: set[str] = set()
+    for method in _METHODS:
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            found.add(method)
+    return found
 
 
 def request_id_of(request: Request) -> str:
@@ -203,7 +222,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(request, _from_http(error))
+        return answer(request, _from_http(request, error))
 
     @app.exception_handler(OperationalError)
     async def on_database(request: Request, error: OperationalError) -> JSONResponse:
@@ -212,6 +231,11 @@ def install(app: FastAPI) -> None:
             Code.UNAVAILABLE, "The database does not answer; try again.", headers={"Retry-After": "5"}
         )
         return answer(request, unavailable)
+
+    @app.exception_handler(DataError)
+    async def on_value(request: Request, error: DataError) -> JSONResponse:
+        log.warning("database.value_refused", request_id=request_id_of(request), error=str(error.orig))
+        return answer(request, Problem(Code.INVALID_REQUEST, "A value of the request cannot be stored."))
 
     @app.exception_handler(Exception)
     async def on_defect(request: Request, error: Exception) -> JSONResponse:

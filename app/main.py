@@ -20,7 +20,7 @@ from app.database import Database, SyncDatabase
 from app.events.routes import StreamSlots
 from app.jobs.dispatch import LocalDispatcher
 from app.jobs.reaper import Reaper
-from app.middleware import LocalOnly, RequestIds
+from app.middleware import LocalOnly, PlainQueries, RequestIds
 from app.openapi import API_VERSION, describe
 from app.settings import Settings
 from app.storage import Storage
@@ -63,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     api.state.settings = settings
     api.state.streams = StreamSlots(settings.max_event_streams)
     errors.install(api)
+    api.add_middleware(PlainQueries)
     api.add_middleware(LocalOnly, allowed_hosts=settings.allowed_hosts)
     api.add_middleware(RequestIds)  # added last, so outermost: refusals have an id, too
     for router in (

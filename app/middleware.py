@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import Code, Problem, render
 from app.ids import new_id
+from app.schemas import is_storable
 
 
 class RequestIds:
@@ -33,6 +34,22 @@ class RequestIds:
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             await self._app(scope, receive, with_id)
+
+
+class PlainQueries:
+    """Refuse a query with a character that no stored text has: it can name nothing."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        query = unquote(scope.get("query_string", b"").decode("latin-1"), errors="surrogateescape")
+        if scope["type"] == "http" and not is_storable(query):
+            problem = Problem(Code.INVALID_REQUEST, "The query holds a character that is no text.")
+            response = render(problem, path=scope["path"], request_id=scope["state"]["request_id"])
+            await response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 class LocalOnly:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Body(BaseModel):
@@ -14,6 +14,19 @@ class Body(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _storable(cls, value: Any) -> Any:
+        texts = [text for pair in value.items() for text in pair] if isinstance(value, dict) else [value]
+        if any(isinstance(text, str) and not is_storable(text) for text in texts):
+            raise ValueError("holds a character that is no text: NUL, or half of a surrogate pair")
+        return value
+
+
+def is_storable(text: str) -> bool:
+    """Whether every database can keep this text: Postgres has no NUL, and UTF-8 no halves of pairs."""
+    return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in text)
 
 
 class Resource(BaseModel):

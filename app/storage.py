@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,6 +21,7 @@ from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 CHUNK_BYTES = 1 << 20
+_PROBE, _CHECK_SECONDS = "readiness/probe", 2.0
 # What a local write leaves behind when its process is killed: `name#1`. Keys of ours have no '#'.
 _STAGING = re.compile(r"#\d+$")
 
@@ -51,6 +53,7 @@ class Storage:
         if self._root is not None:
             self._root.mkdir(parents=True, exist_ok=True)
         self._store = from_url(url)
+        self._sound_until = 0.0
 
     def put_file(self, key: str, path: Path) -> Stored:
         """Store a file and read it back: the digest of what is in the store is the digest of the file."""
@@ -104,12 +107,25 @@ class Storage:
         async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
             yield bytes(chunk)
 
-    async def check(self) -> None:
-        """Raise `StorageError` when the store cannot be listed."""
+    async def size(self, key: str) -> int | None:
+        """Bytes of an object; None when there is none."""
         try:
-            await obstore.list_with_delimiter_async(self._store, "readiness")
+            return int((await obstore.head_async(self._store, key))["size"])
+        except FileNotFoundError:
+            return None
+
+    async def check(self) -> None:
+        """Raise `StorageError` when nothing can be written to the store. Asked often, it looks every few seconds."""
+        if time.monotonic() < self._sound_until:
+            return
+        try:
+            if self._root is not None and not self._root.is_dir():
+                raise StorageError("the folder is gone")
+            await obstore.put_async(self._store, _PROBE, b"readiness")
+            await obstore.delete_async(self._store, _PROBE)
         except (BaseError, OSError) as error:
             raise StorageError(_first_line(error)) from error
+        self._sound_until = time.monotonic() + _CHECK_SECONDS
 
     def list_older(self, prefix: str, age: timedelta) -> Iterator[str]:
         """Keys under a prefix that were last written longer ago than `age`."""

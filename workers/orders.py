@@ -37,6 +37,7 @@ class Text:
     field: str
     format: str | None = None
     object: Source | None = None
+    shown: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _texts(session: Session, asked: dict[str, Any], *, fetched: bool) -> list[Te
         assert dataset.sha256 is not None
         name = f"dataset-{number}.{dataset.format}" if number else f"dataset.{dataset.format}"
         source = Source(name, dataset.object_key, dataset.sha256) if fetched else None
-        found.append(Text(dataset.id, part["field"], dataset.format, source))
+        found.append(Text(dataset.id, part["field"], dataset.format, source, dataset.filename))
     return found
 
 
@@ -128,7 +129,7 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
             path = folder / text.object.filename
             storage.fetch(text.object.object_key, path, sha256=text.object.sha256)
             name = str(path)
-        texts.append(DatasetRef(source=name, format=text.format, field=text.field))
+        texts.append(DatasetRef(source=name, format=text.format, field=text.field, shown=text.shown))
     method = order.spec["method"]
     return Request(
         step=lease.step,

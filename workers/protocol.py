@@ -27,6 +27,8 @@ class DatasetRef(_Message):
     """An absolute file, or `self`."""
     format: str | None
     field: str
+    shown: str | None = None
+    """What its owner calls the file; what is said of it says this name."""
 
 
 class RunSettings(_Message):

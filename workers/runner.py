@@ -262,6 +262,15 @@ STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
 }
 
 
+def said(error: Exception, request: dict[str, Any]) -> str:
+    """What an error says, with the names of its owner for the files of this step's folder."""
+    message = str(error)
+    for part in request["dataset"]:
+        if part.get("shown") is not None:
+            message = message.replace(part["source"], part["shown"])
+    return message
+
+
 def run(request: dict[str, Any], wire: Wire) -> int:
     """One step; returns the exit code."""
     try:
@@ -273,7 +282,7 @@ def run(request: dict[str, Any], wire: Wire) -> int:
     except BudgetUnreachable as error:
         wire.error(error.code, str(error), best=error.best)
     except OrthoKVError as error:
-        wire.error(error.code, str(error))
+        wire.error(error.code, said(error, request))
     except (torch.OutOfMemoryError, MemoryError) as error:
         wire.error("out_of_memory", f"not enough memory: {error}", retryable=True)
     except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import structlog
 from fastapi import Depends, Header, Request
 from fastapi.responses import Response, StreamingResponse
 
@@ -14,6 +15,8 @@ from app.artifacts.service import content_headers, etag
 from app.errors import Code, Problem
 from app.etags import matches
 from app.storage import Storage
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ def _conditions(
 Conditions = Annotated[_Conditions, Depends(_conditions)]
 
 
-def content(
+async def content(
     storage: Storage, artifact: Artifact, object_key: str, conditions: _Conditions, *, inline: bool = False
 ) -> Response:
-    """200, 206, 304 or 416, for GET and HEAD."""
+    """200, 206, 304 or 416, for GET and HEAD; a problem where the store has not the file that was committed."""
     headers = content_headers(artifact, inline=inline)
     if matches(conditions.if_none_match, etag(artifact)):
         return Response(status_code=304, headers=headers)
@@ -57,6 +60,13 @@ def content(
             "The file has no byte of this range.",
             headers={"Content-Range": f"bytes */{artifact.bytes}"},
         ) from error
+    # Before any header goes out: an answer that breaks off says nothing.
+    if await storage.size(object_key) != artifact.bytes:
+        log.error("artifact.damaged", artifact=artifact.id, object_key=object_key)
+        raise Problem(
+            Code.INTERNAL,
+            "The object store lacks this file or holds another; the request id finds it in the log.",
+        )
     start, end = part or (0, artifact.bytes)
     headers["Content-Length"] = str(end - start)
     if part is not None:

@@ -40,7 +40,7 @@ async def get(artifact_id: ArtifactId, db: Db) -> Artifact:
 async def get_content(artifact_id: ArtifactId, db: Db, store: Store, conditions: Conditions) -> Response:
     """The bytes. `Repr-Digest` and the strong ETag are of the whole file, whatever part is sent."""
     artifact, object_key = await db.read(service.locate, artifact_id=artifact_id)
-    return content(store, artifact, object_key, conditions)
+    return await content(store, artifact, object_key, conditions)
 
 
 @router.head(

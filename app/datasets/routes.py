@@ -77,7 +77,14 @@ async def upload(dataset_id: DatasetId, request: Request, db: Db, store: Store, 
 @router.post(
     "/{dataset_id}/complete",
     operation_id="datasets.complete",
-    responses=documented(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT, Code.DIGEST_MISMATCH),
+    responses=documented(
+        Code.FOREIGN_ORIGIN,
+        Code.NOT_FOUND,
+        Code.CONFLICT,
+        Code.DIGEST_MISMATCH,
+        Code.BODY_TOO_LARGE,
+        Code.UNSUPPORTED_MEDIA_TYPE,
+    ),
 )
 async def complete(dataset_id: DatasetId, body: DatasetComplete, db: Db, settings: Config) -> Dataset:
     """Confirm the upload by its SHA-256; the dataset is immutable from here on."""

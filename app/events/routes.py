@@ -15,6 +15,7 @@ from app.events.schemas import EventPage
 from app.jobs.routes import JobId
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+LARGEST_NUMBER = 2**31 - 1  # of an integer column
 
 
 class StreamSlots:
@@ -58,11 +59,14 @@ async def events(
     job_id: JobId,
     db: Db,
     settings: Config,
-    after: Annotated[int, Query(ge=0, description="The number of the last event seen.")] = 0,
+    after: Annotated[
+        int, Query(ge=0, le=LARGEST_NUMBER, description="The number of the last event seen.")
+    ] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     accept: Annotated[str, Header()] = "application/json",
     last_event_id: Annotated[
-        int | None, Header(ge=0, description="As `after`, which it overrides; browsers send it.")
+        int | None,
+        Header(ge=0, le=LARGEST_NUMBER, description="As `after`, which it overrides; browsers send it."),
     ] = None,
 ) -> EventPage | Response:
     """What happened to a job, in order and without gaps."""

@@ -24,6 +24,7 @@ router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=BoundedRoute)
 JobId = Annotated[str, Path(pattern=id_pattern("job"))]
 
 RETRY_AFTER_SECONDS = 2
+_VERSION_TAG = re.compile(r'(?:W/)?"v(\d{1,9})"', re.ASCII)
 _METADATA_PARAMETER = re.compile(r"metadata\[([A-Za-z0-9_.-]{1,64})\]")
 _METADATA_DOCUMENT = {
     "parameters": [
@@ -95,11 +96,17 @@ async def get(
         float, Query(ge=0, le=60, description="Seconds to wait for a change before answering.")
     ] = 0.0,
     if_version: Annotated[
-        int | None, Query(ge=0, description="With `wait`: the version that the client has already seen.")
+        int | None,
+        Query(
+            ge=0,
+            description="With `wait`: the version already seen; absent: that of If-None-Match.",
+        ),
     ] = None,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Job | Response:
     """A job as it is now, or as it is after its next change."""
+    if if_version is None and (seen := _VERSION_TAG.fullmatch(if_none_match or "")):
+        if_version = int(seen[1])
     job = await wait_for_change(
         db,
         job_id=job_id,

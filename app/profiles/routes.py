@@ -52,7 +52,7 @@ async def get(
     if "image/png" not in accept.lower():
         return await db.read(service.get, profile_id=profile_id)
     plot, object_key = await db.read(service.locate_plot, profile_id=profile_id)
-    response = content(store, plot, object_key, conditions, inline=True)
+    response = await content(store, plot, object_key, conditions, inline=True)
     response.headers["Vary"] = "Accept"
     return response
 

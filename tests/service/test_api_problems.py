@@ -43,7 +43,7 @@ def test_unknown_paths_and_methods(client: TestClient) -> None:
     problem_of(client.get("/v1/jobs/"), 404, Code.NOT_FOUND)
     refused = client.delete("/v1/jobs")
     problem_of(refused, 405, Code.METHOD_NOT_ALLOWED)
-    assert "POST" in refused.headers["allow"]
+    assert refused.headers["allow"] == "GET, POST"  # of two routes
 
 
 def test_malformed_ids_do_not_reach_the_database(client: TestClient) -> None:
@@ -69,7 +69,33 @@ def test_json_that_is_none(client: TestClient) -> None:
 def test_a_body_of_another_type_is_not_read_as_json(client: TestClient) -> None:
     """A page of another site can send text/plain without asking first."""
     response = client.post("/v1/jobs", content=json.dumps(job_body()), headers={"Content-Type": "text/plain"})
-    problem_of(response, 422, Code.INVALID_REQUEST)
+    problem_of(response, 415, Code.UNSUPPORTED_MEDIA_TYPE)
+
+
+@pytest.mark.parametrize("text", ["\0", "\ud800"])
+def test_characters_that_are_no_text_are_refused_by_name(client: TestClient, text: str) -> None:
+    """Postgres would refuse them late, SQLite not at all."""
+    for change in ({"metadata": {"a": text}}, {"model": {"id": f"org/{text}"}}):
+        # Escaped in the JSON, where every JSON parser lets them through.
+        body, headers = json.dumps(job_body(**change)), {"Content-Type": "application/json"}
+        response = client.post("/v1/jobs", content=body, headers=headers)
+        problem = problem_of(response, 422, Code.INVALID_REQUEST)
+        assert problem.errors[0].pointer.startswith(f"/{next(iter(change))}")
+    named = json.dumps({"filename": f"{text}.jsonl"})
+    problem_of(client.post("/v1/datasets", content=named, headers=headers), 422, Code.INVALID_REQUEST)
+    problem_of(client.get("/v1/jobs?model=a%00b"), 422, Code.INVALID_REQUEST)
+
+
+@pytest.mark.parametrize("number", [2**31, 10**22])
+def test_event_numbers_beyond_any_are_refused(client: TestClient, number: int) -> None:
+    path = f"/v1/jobs/job_{'0' * 26}/events"
+    problem_of(client.get(f"{path}?after={number}"), 422, Code.INVALID_REQUEST)
+    problem_of(client.get(path, headers={"Last-Event-ID": str(number)}), 422, Code.INVALID_REQUEST)
+
+
+def test_json_that_cannot_be_read_has_no_place_in_the_document(client: TestClient) -> None:
+    response = client.post("/v1/jobs", content=b"{", headers={"Content-Type": "application/json"})
+    assert problem_of(response, 422, Code.INVALID_REQUEST).errors[0].pointer == ""
 
 
 @pytest.mark.parametrize(
@@ -138,6 +164,11 @@ def test_local_models_need_leave(settings: Settings) -> None:
 
 def test_probes_and_request_ids(client: TestClient) -> None:
     assert client.get("/readyz").json() == {"status": "ok"}
+
+
+def test_a_server_whose_store_is_gone_is_not_ready(client: TestClient, settings: Settings) -> None:
+    (settings.data_dir / "objects").rename(settings.data_dir / "elsewhere")
+    problem_of(client.get("/readyz"), 503, Code.UNAVAILABLE)
     ids = {client.get("/livez").headers["x-request-id"] for _ in range(3)}
     assert len(ids) == 3
 
