@@ -11,7 +11,7 @@ from alembic import command
 from sqlalchemy import inspect, select
 from sqlalchemy.orm import Session
 
-from app.database import SyncDatabase, clock, now
+from app.database import DatabaseUnusable, SyncDatabase, clock, now
 from app.datasets.models import Dataset
 from app.migrate import alembic_config, upgrade
 from tests.postgres import postgres_url
@@ -89,5 +89,5 @@ def test_migrations_make_exactly_the_models_and_can_be_undone(bare_url: str) -> 
 
 
 def test_a_database_of_another_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="mysql"):
+    with pytest.raises(DatabaseUnusable, match="mysql"):
         SyncDatabase("mysql://localhost/x")
