@@ -32,7 +32,10 @@ class Code(StrEnum):
     INVALID_HOST = "invalid_host"
     INVALID_CURSOR = "invalid_cursor"
     INVALID_IDEMPOTENCY_KEY = "invalid_idempotency_key"
+    UNAUTHENTICATED = "unauthenticated"
     FOREIGN_ORIGIN = "foreign_origin"
+    INSUFFICIENT_SCOPE = "insufficient_scope"
+    QUOTA_EXCEEDED = "quota_exceeded"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     NOT_ACCEPTABLE = "not_acceptable"
@@ -44,6 +47,8 @@ class Code(StrEnum):
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
     DIGEST_MISMATCH = "digest_mismatch"
     LOCAL_MODELS_DISABLED = "local_models_disabled"
+    QUEUE_FULL = "queue_full"
+    RATE_LIMITED = "rate_limited"
     INTERNAL = "internal"
     UNAVAILABLE = "unavailable"
     STORAGE_ERROR = "storage_error"
@@ -54,7 +59,10 @@ _STATUS: dict[Code, int] = {
     Code.INVALID_HOST: 400,
     Code.INVALID_CURSOR: 400,
     Code.INVALID_IDEMPOTENCY_KEY: 400,
+    Code.UNAUTHENTICATED: 401,
     Code.FOREIGN_ORIGIN: 403,
+    Code.INSUFFICIENT_SCOPE: 403,
+    Code.QUOTA_EXCEEDED: 403,
     Code.NOT_FOUND: 404,
     Code.METHOD_NOT_ALLOWED: 405,
     Code.NOT_ACCEPTABLE: 406,
@@ -66,6 +74,8 @@ _STATUS: dict[Code, int] = {
     Code.IDEMPOTENCY_KEY_REUSED: 422,
     Code.DIGEST_MISMATCH: 422,
     Code.LOCAL_MODELS_DISABLED: 422,
+    Code.QUEUE_FULL: 429,
+    Code.RATE_LIMITED: 429,
     Code.INTERNAL: 500,
     Code.UNAVAILABLE: 503,
     Code.STORAGE_ERROR: 507,

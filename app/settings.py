@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -40,6 +40,21 @@ class Settings(BaseSettings):
 
     `orthokv serve` turns it on: its user and the server are one person.
     """
+
+    auth_required: bool = True
+    """Refuse requests without an API key.
+
+    `orthokv serve` on the loopback turns it off, unless it is set.
+    """
+    key_pepper: SecretStr = SecretStr("")
+    """A secret that is mixed into the stored digests of API keys. Changing it ends every key."""
+    rate_limit_requests: Annotated[int, Field(ge=1)] = 600
+    """Requests that one key may send in `rate_limit_window_seconds`, to each API process."""
+    rate_limit_window_seconds: Seconds = 60.0
+    max_queued_jobs: Annotated[int, Field(ge=0)] | None = 1000
+    """Limits of a project that has none of its own; None: no limit."""
+    max_running_steps: Annotated[int, Field(ge=1)] | None = None
+    max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
 
     max_body_bytes: Bytes = 1 << 20
     max_dataset_bytes: Bytes = 4 << 30

@@ -77,7 +77,12 @@ class Supervisor:
 
     def _claim(self) -> Lease | None:
         try:
-            return self._database.write(claim, owner=self._name, lease_seconds=self._settings.lease_seconds)
+            return self._database.write(
+                claim,
+                owner=self._name,
+                lease_seconds=self._settings.lease_seconds,
+                max_running_steps=self._settings.max_running_steps,
+            )
         except SQLAlchemyError as error:
             log.warning("claim.failed", error=str(error).partition("\n")[0])
             return None

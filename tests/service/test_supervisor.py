@@ -68,7 +68,10 @@ def alive(pid: int) -> bool:
 
 
 def committed(database: SyncDatabase, job_id: str) -> list[int]:
-    return [layer.layer for layer in database.read(service.layers, job_id=job_id).data]
+    return [
+        layer.layer
+        for layer in database.read(service.layers, job_id=job_id, principal=local_principal()).data
+    ]
 
 
 def contents(database: SyncDatabase, settings: Settings, job_id: str) -> dict[str, bytes]:
@@ -371,6 +374,7 @@ def test_the_sweep_deletes_what_no_row_refers_to(
 def test_a_job_of_a_dataset_gets_its_bytes(
     database: SyncDatabase, settings: Settings, storage: Storage, script: Script, tmp_path: Path
 ) -> None:
+    from app.auth.principal import DEFAULT_PROJECT_ID
     from app.database import clock
     from app.datasets.models import Dataset
     from app.ids import new_id
@@ -383,6 +387,7 @@ def test_a_job_of_a_dataset_gets_its_bytes(
         lambda session: session.add(
             Dataset(
                 id=dataset_id,
+                project_id=DEFAULT_PROJECT_ID,
                 filename="my text.txt",
                 format="text",
                 object_key=f"datasets/{dataset_id}/up",
