@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -12,6 +13,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from app.auth.keys import key_id_of
 from app.client import Client, DigestMismatch, Refused, Unreachable
 from app.watch import show, summary
 
@@ -20,6 +22,10 @@ FAILED, BAD_INPUT, BUDGET_UNREACHABLE = 1, 2, 3
 jobs = typer.Typer(help="Submit and follow jobs of a running service.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option(envvar="ORTHOKV_URL", help="The service.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File that holds the API key. By default the key is taken from ORTHOKV_API_KEY."),
+]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -60,11 +66,28 @@ def _stop(message: str, code: int) -> typer.Exit:
     return typer.Exit(code)
 
 
+def _api_key(file: Path | None) -> str | None:
+    """The key of the file, or else of the environment; never an argument, which other users can list."""
+    if file is not None:
+        try:
+            key = file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeError) as error:
+            raise _stop(f"cannot read a key from {file}", BAD_INPUT) from error
+        place = str(file)
+    elif (value := os.environ.get("ORTHOKV_API_KEY")) is not None:
+        key, place = value.strip(), "ORTHOKV_API_KEY"
+    else:
+        return None
+    if key_id_of(key) is None:
+        raise _stop(f"{place} holds no API key: one begins with okv_", BAD_INPUT)
+    return key
+
+
 @contextmanager
-def _connected(url: str) -> Iterator[Client]:
+def _connected(url: str, key_file: Path | None) -> Iterator[Client]:
     """A client whose failures become one line and an exit code."""
     try:
-        with Client(url) as client:
+        with Client(url, api_key=_api_key(key_file)) as client:
             yield client
     except Refused as error:
         raise _stop(str(error), BAD_INPUT if error.status < 500 else FAILED) from error
@@ -76,18 +99,23 @@ def serve(
     data: Annotated[Path, typer.Option(help="Folder of the database and of all files.")] = Path(
         "orthokv-data"
     ),
-    host: Annotated[str, typer.Option(help="A loopback address.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Beyond the loopback, keys are needed: `orthokv keys create`.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     worker: Annotated[bool, typer.Option(help="Run jobs, too.")] = True,
 ) -> None:
     """Run the service on this machine: API, worker, database and files, no other server needed."""
     from app import embedded  # not for `orthokv jobs`, which is to start fast
+    from app.auth.exposure import Exposed, others_can_reach, require_auth
     from app.settings import Settings
 
-    if not embedded.is_loopback(host):
-        raise _stop(f"{host} is not a loopback address, and this server asks nobody who they are", BAD_INPUT)
     try:
         settings = Settings(data_dir=data, allow_local_models=True)
+        alone = others_can_reach(settings, host) is None
+        if alone and "auth_required" not in settings.model_fields_set:
+            settings = settings.model_copy(update={"auth_required": False})
+        require_auth(settings, host)
         embedded.run(
             settings,
             host=host,
@@ -98,7 +126,7 @@ def serve(
     except ValidationError as error:
         first = error.errors()[0]
         raise _stop(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}", BAD_INPUT) from error
-    except (embedded.FolderInUse, OSError) as error:
+    except (embedded.FolderInUse, Exposed, OSError) as error:
         raise _stop(str(error), BAD_INPUT) from error
 
 
@@ -131,6 +159,7 @@ def submit(
     seed: int = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
+    api_key_file: KeyFile = None,
 ) -> None:
     """Send a job; prints its id."""
     budgets = {"kept": kept, "layer_error": layer_error, "perplexity_increase": perplexity_increase}
@@ -155,7 +184,7 @@ def submit(
         "rank_multiple": rank_multiple,
         "seed": seed,
     }
-    with _connected(url) as client:
+    with _connected(url, api_key_file) as client:
         texts = [
             {"source": "self"}
             if name == "self"
@@ -170,9 +199,9 @@ def submit(
 
 
 @jobs.command()
-def watch(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+def watch(job_id: JobId, url: Url = DEFAULT_URL, api_key_file: KeyFile = None) -> None:
     """Follow a job to its end."""
-    with _connected(url) as client:
+    with _connected(url, api_key_file) as client:
         _follow(client, job_id)
 
 
@@ -182,11 +211,12 @@ def list_jobs(
     model: Annotated[str | None, typer.Option(help="Only jobs of this model id.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
     url: Url = DEFAULT_URL,
+    api_key_file: KeyFile = None,
 ) -> None:
     """List jobs, newest first."""
     wanted = {"status": status, "model": model, "limit": limit}
     query = {name: value for name, value in wanted.items() if value is not None}
-    with _connected(url) as client:
+    with _connected(url, api_key_file) as client:
         for job in client.call("GET", "/v1/jobs", params=query)["data"]:
             budget = job["spec"]["budget"]
             asked = f"{budget['metric']}={budget['value']:g}"
@@ -194,9 +224,9 @@ def list_jobs(
 
 
 @jobs.command()
-def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key_file: KeyFile = None) -> None:
     """Ask for the end of a job."""
-    with _connected(url) as client:
+    with _connected(url, api_key_file) as client:
         typer.echo(client.call("POST", f"/v1/jobs/{job_id}/cancel")["status"])
 
 
@@ -206,11 +236,12 @@ def download(
     out: Annotated[Path | None, typer.Option(help="Folder for the checkpoint.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Folder for the profile's files.")] = None,
     url: Url = DEFAULT_URL,
+    api_key_file: KeyFile = None,
 ) -> None:
     """Fetch the checkpoint of a job, its profile, or both. Broken downloads resume; every file is checked."""
     if out is None and profile is None:
         raise _stop("say where to: --out DIR, --profile DIR, or both", BAD_INPUT)
-    with _connected(url) as client:
+    with _connected(url, api_key_file) as client:
         result = client.call("GET", f"/v1/jobs/{job_id}")["result"] or {}
         if out is not None:
             found = _made(result, "checkpoint", job_id)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import ipaddress
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ from typing import NoReturn
 import structlog
 import uvicorn
 
+from app.auth.exposure import require_key
 from app.ids import new_id
 from app.logs import configure
 from app.main import create_app
@@ -135,11 +135,14 @@ class _AnnouncingServer(uvicorn.Server):
 
 
 def run(settings: Settings, *, host: str, port: int, worker: bool, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `FolderInUse` and `OSError` (the port is taken)."""
+    """Serve until SIGINT or SIGTERM. Raises `FolderInUse`, `Exposed` and `OSError` (the port is taken)."""
     configure()
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     with locked(settings.data_dir) as lock, _bound(host, port) as listening:
         upgrade(settings.resolved_database_url)
+        require_key(settings, host)
+        if not settings.auth_required:
+            log.info("auth.off", meaning="requests without a key act as 'local' in the project 'default'")
         bound_port = listening.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         config = uvicorn.Config(
@@ -165,15 +168,6 @@ def run(settings: Settings, *, host: str, port: int, worker: bool, announce: Cal
 
 def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(0)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -39,7 +40,7 @@ def create(
     data: Data = None,
 ) -> None:
     """Make a key. It alone goes to standard output, this once."""
-    settings = _settings(data)
+    settings = _settings(data, make=True)
 
     def make(session: Session) -> tuple[str, str]:
         found = repository.project_named(session, project)
@@ -51,9 +52,7 @@ def create(
             if found is None
             else found.id
         )
-        body = ApiKeyCreate(
-            name=name, scopes=scope, project_id=project_id, expires_in_days=expires_in_days
-        )
+        body = ApiKeyCreate(name=name, scopes=scope, project_id=project_id, expires_in_days=expires_in_days)
         pepper = settings.key_pepper.get_secret_value()
         made = service.create_key(session, body=body, principal=principal, pepper=pepper)
         return made.id, made.key
@@ -95,8 +94,10 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")], data: Data = No
     typer.echo(f"{key_id} revoked")
 
 
-def _settings(data: Path | None) -> Settings:
+def _settings(data: Path | None, *, make: bool = False) -> Settings:
     settings = Settings() if data is None else Settings(data_dir=data)
+    if make and not settings.database_url:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
     if not settings.database_url and not settings.data_dir.is_dir():
         raise _stop(f"{settings.data_dir} is no data folder; name it by --data, or set ORTHOKV_DATABASE_URL")
     return settings
@@ -111,6 +112,8 @@ def _database(settings: Settings) -> Iterator[SyncDatabase]:
         yield database
     except Problem as error:
         raise _stop(error.detail) from error
+    except ValidationError as error:
+        raise _stop(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
     except SQLAlchemyError as error:
         raise _stop(f"the database does not answer: {type(error).__name__}") from error
     finally:

@@ -42,6 +42,8 @@ def require_key(settings: Settings, host: str) -> None:
     database = SyncDatabase(settings.resolved_database_url)
     try:
         if not database.read(has_usable_key):
-            raise Exposed(f"{name} is not a loopback address, and there is no API key yet: see 'orthokv keys create'")
+            raise Exposed(
+                f"{name} is not a loopback address, and there is no API key yet: see 'orthokv keys create'"
+            )
     finally:
         database.close()

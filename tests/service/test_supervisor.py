@@ -15,6 +15,7 @@ from sqlalchemy import select, update
 
 from app.artifacts.models import Artifact
 from app.artifacts.repository import files_of_job
+from app.auth.principal import local_principal
 from app.database import SyncDatabase, now
 from app.jobs import service
 from app.jobs.models import Step
@@ -215,7 +216,13 @@ def test_a_profile_outlives_a_budget_that_cannot_be_met(
     assert failed.result is not None
     assert failed.result.profile_id is not None
     body = CheckpointCreate.model_validate({"budget": {"metric": "kept", "value": 0.5}, "rank_multiple": 16})
-    queued = database.write(create_checkpoint, profile_id=failed.result.profile_id, body=body)
+    queued = database.write(
+        create_checkpoint,
+        profile_id=failed.result.profile_id,
+        body=body,
+        principal=local_principal(),
+        settings=settings,
+    )
     job = run_to_end(database, settings, queued.id)
     assert job.status == JobStatus.SUCCEEDED
     assert len(script.runs("fit")) == 1, "another budget fits nothing"
@@ -237,7 +244,7 @@ def test_a_cancel_kills_the_child(database: SyncDatabase, settings: Settings, sc
     with running(settings):
         until(lambda: script.is_hanging("fit"), "the child hangs")
         until(lambda: committed(database, job_id) == [0], "the first layer is safe")
-        database.write(service.cancel, job_id=job_id)
+        database.write(service.cancel, job_id=job_id, principal=local_principal())
         until(lambda: read_job(database, job_id).status == JobStatus.CANCELLED, "the job is cancelled")
     assert not alive(script.runs("fit")[0]["pid"])
     assert committed(database, job_id) == [0]
@@ -347,7 +354,7 @@ def test_an_input_that_changed_in_the_store_is_not_used(
     failed = run_to_end(database, settings, queue_job(database).id)
     blocks = database.read(files_of_job, failed.id, "calibrate")["blocks.safetensors"]
     (settings.data_dir / "objects" / blocks.object_key).write_bytes(b"tampered")
-    database.write(service.retry, job_id=failed.id)
+    database.write(service.retry, job_id=failed.id, principal=local_principal(), settings=settings)
     job = run_to_end(database, settings, failed.id)
     assert job.error is not None
     assert job.error.code == JobErrorCode.STORAGE_ERROR
