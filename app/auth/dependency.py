@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.auth import repository, service
@@ -79,13 +79,17 @@ def guarded(*codes: Code) -> dict[int | str, dict[str, Any]]:
     return documented(*codes, *AUTH_CODES)
 
 
-JobsRead = Annotated[Principal, Depends(Require(Scope.JOBS_READ))]
-JobsWrite = Annotated[Principal, Depends(Require(Scope.JOBS_WRITE))]
-DatasetsRead = Annotated[Principal, Depends(Require(Scope.DATASETS_READ))]
-DatasetsWrite = Annotated[Principal, Depends(Require(Scope.DATASETS_WRITE))]
-ProfilesRead = Annotated[Principal, Depends(Require(Scope.PROFILES_READ))]
-CheckpointsRead = Annotated[Principal, Depends(Require(Scope.CHECKPOINTS_READ))]
-CheckpointsWrite = Annotated[Principal, Depends(Require(Scope.CHECKPOINTS_WRITE))]
-ArtifactsRead = Annotated[Principal, Depends(Require(Scope.ARTIFACTS_READ))]
-KeysManage = Annotated[Principal, Depends(Require(Scope.KEYS_MANAGE))]
-Admin = Annotated[Principal, Depends(Require(Scope.ADMIN))]
+JobsRead = Annotated[Principal, Security(Require(Scope.JOBS_READ), scopes=[Scope.JOBS_READ])]
+JobsWrite = Annotated[Principal, Security(Require(Scope.JOBS_WRITE), scopes=[Scope.JOBS_WRITE])]
+DatasetsRead = Annotated[Principal, Security(Require(Scope.DATASETS_READ), scopes=[Scope.DATASETS_READ])]
+DatasetsWrite = Annotated[Principal, Security(Require(Scope.DATASETS_WRITE), scopes=[Scope.DATASETS_WRITE])]
+ProfilesRead = Annotated[Principal, Security(Require(Scope.PROFILES_READ), scopes=[Scope.PROFILES_READ])]
+CheckpointsRead = Annotated[
+    Principal, Security(Require(Scope.CHECKPOINTS_READ), scopes=[Scope.CHECKPOINTS_READ])
+]
+CheckpointsWrite = Annotated[
+    Principal, Security(Require(Scope.CHECKPOINTS_WRITE), scopes=[Scope.CHECKPOINTS_WRITE])
+]
+ArtifactsRead = Annotated[Principal, Security(Require(Scope.ARTIFACTS_READ), scopes=[Scope.ARTIFACTS_READ])]
+KeysManage = Annotated[Principal, Security(Require(Scope.KEYS_MANAGE), scopes=[Scope.KEYS_MANAGE])]
+Admin = Annotated[Principal, Security(Require(Scope.ADMIN), scopes=[Scope.ADMIN])]
