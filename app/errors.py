@@ -14,10 +14,12 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+
+from app.auth.keys import redact
 
 log = structlog.get_logger(__name__)
 
@@ -126,7 +128,7 @@ def not_found(what: str) -> Problem:
     return Problem(Code.NOT_FOUND, f"No such {what}.")
 
 
-def render(problem: Problem, *, path: str, request_id: str) -> JSONResponse:
+def render(problem: Problem, *, path: str, request_id: str) -> Response:
     """The response of a problem."""
     body = ProblemDetail(
         type=_TYPE_BASE + problem.code.replace("_", "-"),
@@ -138,8 +140,8 @@ def render(problem: Problem, *, path: str, request_id: str) -> JSONResponse:
         request_id=request_id,
         errors=problem.errors,
     )
-    return JSONResponse(
-        body.model_dump(mode="json"),
+    return Response(
+        redact(body.model_dump_json()),  # a path or a field's name may hold what should have been a header
         status_code=problem.status,
         headers={**problem.headers, "X-Request-Id": request_id},
         media_type=PROBLEM_JSON,
@@ -200,23 +202,23 @@ def request_id_of(request: Request) -> str:
 def install(app: FastAPI) -> None:
     """Register the handlers on the app."""
 
-    def answer(request: Request, problem: Problem) -> JSONResponse:
+    def answer(request: Request, problem: Problem) -> Response:
         return render(problem, path=request.url.path, request_id=request_id_of(request))
 
     @app.exception_handler(Problem)
-    async def on_problem(request: Request, error: Problem) -> JSONResponse:
+    async def on_problem(request: Request, error: Problem) -> Response:
         return answer(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
         return answer(request, _from_validation(error))
 
     @app.exception_handler(HTTPException)
-    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+    async def on_http(request: Request, error: HTTPException) -> Response:
         return answer(request, _from_http(error))
 
     @app.exception_handler(OperationalError)
-    async def on_database(request: Request, error: OperationalError) -> JSONResponse:
+    async def on_database(request: Request, error: OperationalError) -> Response:
         log.error("database.unavailable", request_id=request_id_of(request), error=str(error.orig))
         unavailable = Problem(
             Code.UNAVAILABLE, "The database does not answer; try again.", headers={"Retry-After": "5"}
@@ -224,7 +226,7 @@ def install(app: FastAPI) -> None:
         return answer(request, unavailable)
 
     @app.exception_handler(Exception)
-    async def on_defect(request: Request, error: Exception) -> JSONResponse:
+    async def on_defect(request: Request, error: Exception) -> Response:
         log.error("request.failed", request_id=request_id_of(request), exc_info=error)
         return answer(
             request, Problem(Code.INTERNAL, "The server failed; the request id finds it in the log.")
