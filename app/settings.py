@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     max_dataset_bytes: Bytes = 4 << 30
     max_wait_seconds: Seconds = 60.0
     max_event_streams: Annotated[int, Field(ge=1)] = 100
+    max_stream_seconds: Seconds = 900.0
+    """An event stream ends after this long; the client comes back with `Last-Event-ID`, and with its key."""
     poll_seconds: Seconds = 0.25
     """How often long polls and event streams look at the database."""
     idempotency_hours: Annotated[float, Field(gt=0)] = 24.0

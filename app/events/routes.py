@@ -84,6 +84,7 @@ async def events(
         first=first,
         after=after,
         poll_seconds=settings.poll_seconds,
+        max_seconds=settings.max_stream_seconds,
     )
     return EventSourceResponse(
         slots.use(chunks), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

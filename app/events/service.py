@@ -59,12 +59,15 @@ async def stream(
     first: Batch,
     after: int,
     poll_seconds: float,
+    max_seconds: float,
 ) -> AsyncIterator[bytes]:
-    """Events in the wire format of server-sent events, until the job has ended.
+    """Events in the wire format of server-sent events, until the job has ended or the time is up.
 
+    A stream outlives the key that opened it by `max_seconds` at most: its client has to come back with one.
     Every look at the database is a transaction of its own: a waiting stream holds no connection.
     """
     batch, spoke_at = first, time.monotonic()
+    deadline = spoke_at + max_seconds
     while True:
         for event in batch.events:
             after = event.seq
@@ -73,7 +76,7 @@ async def stream(
             yield format_sse_event(
                 data_str=data, event=event.type, id=str(event.seq), retry=_RETRY_MILLISECONDS
             )
-        if batch.last:
+        if batch.last or time.monotonic() >= deadline:
             return
         if time.monotonic() - spoke_at > _KEEPALIVE_SECONDS:
             spoke_at = time.monotonic()

@@ -149,6 +149,19 @@ def test_without_need_of_a_key_a_sent_one_still_counts(settings: Settings, datab
         assert client.get("/v1/jobs", headers=bearer("okv_garbage")).status_code == 401
 
 
+def test_a_stream_ends_and_its_successor_needs_a_key(settings: Settings, database: SyncDatabase) -> None:
+    key = new_key(database, DEFAULT_PROJECT_ID)
+    short = settings.model_copy(update={"max_stream_seconds": 0.1})
+    with TestClient(create_app(short)) as client:
+        job_id = client.post("/v1/jobs", json=job_body(), headers=bearer(key)).json()["id"]
+        wanted = {"Accept": "text/event-stream"}
+        path = f"/v1/jobs/{job_id}/events"
+        seen = client.get(path, headers={**wanted, **bearer(key)})  # ends, though the job has not
+        assert "event: job.created" in seen.text
+        client.delete(f"/v1/api_keys/key_{key.split('_')[1]}", headers=bearer(key))
+        assert client.get(path, headers={**wanted, **bearer(key)}).status_code == 401
+
+
 class TestProjects:
     def test_create_read_and_limit(self, admin: TestClient) -> None:
         made = admin.post("/v1/projects", json={"name": "search", "limits": {"queued_jobs": 3}})

@@ -275,6 +275,17 @@ def test_an_idempotency_key_is_of_its_project(client: TestClient, database: Sync
     assert first == again != second
 
 
+def test_what_serves_clients_asks_for_rows_of_a_project_only() -> None:
+    """Statements over rows of any project are for workers: no route and no service of a resource uses one."""
+    unscoped = re.compile(
+        r"repository\.(get_job|lock_job|get_version|get_dataset|get_profile)\b|session\.get\(|\bselect\("
+    )
+    files = [file for name in ("routes", "service") for file in Path("app").glob(f"*/{name}.py")]
+    assert len(files) > 12
+    assert [str(file) for file in files if unscoped.search(file.read_text())] == []
+    assert unscoped.search(Path("workers/orders.py").read_text())  # it would be found
+
+
 def test_every_guarded_operation_documents_its_refusals(settings: Settings) -> None:
     document = create_app(settings).openapi()
     for path, methods in document["paths"].items():
