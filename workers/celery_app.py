@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import structlog
+from celery.app.trace import setup_worker_optimizations
 from celery.worker import WorkController, state
 from kombu import Queue
 
@@ -28,9 +29,11 @@ class HintListener:
     def __init__(self, url: str, *, name: str, gpu_classes: Sequence[str], work: Callable[[], None]) -> None:
         self._app = make_celery(url)
         queues = [queue_of(gpu_class) for gpu_class in gpu_classes]
-        self._app.conf.task_queues = [Queue(queue, exchange="", routing_key=queue) for queue in queues]
-        self._app.task(name=TASK)(work)
-        self._app.finalize()
+        # Without acks: when the connection breaks during one, the consumer would wait for it and hear no more.
+        self._app.conf.task_queues = [
+            Queue(queue, exchange="", routing_key=queue, no_ack=True) for queue in queues
+        ]
+        self._app.task(name=TASK, shared=False)(work)
         self._name = name
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._listen_until_stopped, name="hints", daemon=True)
@@ -46,6 +49,9 @@ class HintListener:
         state.should_terminate = None
 
     def _listen_until_stopped(self) -> None:
+        setup_worker_optimizations(
+            self._app, self._name
+        )  # else the task is looked for in another application
         while not self._ended.is_set():
             controller = WorkController(
                 app=self._app,

@@ -31,8 +31,8 @@ def queue_of(gpu_class: str) -> str:
 def make_celery(url: str) -> Celery:
     """The application of both sides.
 
-    Early acks and no prefetch: with late acks, or with a message held ahead of time, Redis would deliver it
-    again after the visibility timeout. A lost message is the reaper's work, not the broker's.
+    No prefetch, and no ack that comes late: Redis would deliver such a message again after the visibility
+    timeout. A lost message is the reaper's work, not the broker's.
     """
     app = Celery("orthokv", broker=url, set_as_current=False)
     app.conf.update(
