@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from app.cli import jobs
 from app.migrate import upgrade
 from tests.crash.test_scripted import RUNNER, digests
 from tests.fleet import Api, Worker
@@ -37,6 +39,7 @@ def services() -> Iterator[dict[str, str]]:
             "ORTHOKV_BROKER_URL": stack.enter_context(redis_url()),
             # A queue that no other run of these tests hears.
             "ORTHOKV_GPU_CLASSES": json.dumps([f"t-{uuid.uuid4().hex[:12]}"]),
+            "ORTHOKV_SIGNED_DOWNLOAD_SECONDS": "60",
             "ORTHOKV_LAYERS_PER_FIT_STEP": "1",
             "ORTHOKV_RETRY_BACKOFF_SECONDS": "0.05",
             "ORTHOKV_DRAIN_SECONDS": "0",
@@ -99,6 +102,11 @@ def test_one_hint_wakes_as_many_workers_as_there_is_work(
         alone = api.wait_for_end(api.post("/v1/jobs", body(fleet))["id"])
     assert set(started_by(api, alone["id"], "fit")) == {"worker-alone"}
     assert digests(api, alone) == shared
+
+    arguments = ["download", job_id, "--out", str(tmp_path / "out")]
+    fetched = CliRunner().invoke(jobs, arguments, env={"ORTHOKV_URL": api.url})
+    assert fetched.exit_code == 0, fetched.output
+    assert (tmp_path / "out" / "SHA256SUMS").read_bytes() == b"second\n"
 
 
 def test_a_drained_worker_hands_its_step_on_at_no_cost(
