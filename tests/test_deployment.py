@@ -145,6 +145,15 @@ def test_settings_of_the_cluster_exist() -> None:
             settings_of(one.get("data") or one["stringData"])
 
 
+def test_settings_in_the_documents_exist() -> None:
+    others = {"ORTHOKV_URL", "ORTHOKV_TEST_POSTGRES_URL", "ORTHOKV_TEST_REDIS_URL"}
+    known = {f"ORTHOKV_{name.upper()}" for name in Settings.model_fields} | others
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    for file in files:
+        named = set(re.findall(r"ORTHOKV_[A-Z]+(?:_[A-Z]+)*\b", file.read_text()))
+        assert named <= known, file.name
+
+
 def test_the_kustomization_lists_every_manifest() -> None:
     listed = next(one["resources"] for one in MANIFESTS if one["kind"] == "Kustomization")
     files = {file.name for file in KUBERNETES.glob("*.yaml")}
