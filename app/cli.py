@@ -1,4 +1,4 @@
-"""`orthokv serve` and `orthokv jobs ...`.
+"""`orthokv serve`, `api`, `migrate` and `jobs ...`.
 
 Exit codes: 0 done, 2 bad input (also when a job's model, dataset or settings turned out to be so), 3 budget unreachable,
 1 anything else.
@@ -14,13 +14,13 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
 from app.client import Client, DigestMismatch, Refused, Unreachable
+from app.starting import BAD_INPUT, FAILED, starting, stop
 from app.watch import show, summary
 
-FAILED, BAD_INPUT, BUDGET_UNREACHABLE = 1, 2, 3
+BUDGET_UNREACHABLE = 3
 # Why a job failed that is not its input's fault; other codes are.
 OURS = {"storage_error", "out_of_memory", "worker_lost", "internal"}
 
@@ -62,24 +62,23 @@ class Form(StrEnum):
     full = "full"
 
 
-def _stop(message: str, code: int) -> typer.Exit:
-    typer.echo(f"orthokv: {message}", err=True)
-    return typer.Exit(code)
-
-
 @contextmanager
 def _connected(url: str) -> Iterator[Client]:
     """A client whose failures become one line and an exit code."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise _stop(f"{url!r} is not the URL of a server, such as {DEFAULT_URL}", BAD_INPUT)
+        raise stop(f"{url!r} is not the URL of a server, such as {DEFAULT_URL}", BAD_INPUT)
     try:
         with Client(url) as client:
             yield client
     except Refused as error:
-        raise _stop(str(error), BAD_INPUT if error.status < 500 else FAILED) from error
+        raise stop(str(error), BAD_INPUT if error.status < 500 else FAILED) from error
     except (Unreachable, DigestMismatch, OSError) as error:
-        raise _stop(str(error), FAILED) from error
+        raise stop(str(error), FAILED) from error
+
+
+def _announce(url: str) -> None:
+    typer.echo(f"OrthoKV listening on {url}")
 
 
 def serve(
@@ -92,27 +91,58 @@ def serve(
 ) -> None:
     """Run the service on this machine: API, worker, database and files, no other server needed."""
     from app import embedded  # not for `orthokv jobs`, which is to start fast
-    from app.database import DatabaseUnusable
+    from app.server import is_loopback
     from app.settings import Settings
 
-    if not embedded.is_loopback(host):
-        raise _stop(f"{host} is not a loopback address, and this server asks nobody who they are", BAD_INPUT)
-    try:
+    if not is_loopback(host):
+        raise stop(f"{host} is not a loopback address, and this server asks nobody who they are", BAD_INPUT)
+    with starting(embedded.FolderInUse):
         settings = Settings(data_dir=data, allow_local_models=True)
-        embedded.run(
-            settings,
-            host=host,
-            port=port,
-            worker=worker,
-            announce=lambda url: typer.echo(f"OrthoKV listening on {url}"),
+        embedded.run(settings, host=host, port=port, worker=worker, announce=_announce)
+
+
+def api(
+    host: Annotated[
+        str, typer.Option(help="Other than the loopback: see ORTHOKV_ALLOW_REMOTE.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+) -> None:
+    """Run the API of a fleet; `orthokv worker` runs the jobs. ORTHOKV_* variables name database and store."""
+    from app.logs import configure
+    from app.main import create_app
+    from app.migrate import require_schema
+    from app.server import bound, is_loopback, leave_on_signals
+    from app.server import serve as serve_api
+    from app.settings import Settings
+    from app.storage import open_storage
+
+    with starting():
+        settings = Settings()
+        _check_exposure(settings.allow_remote or is_loopback(host), host)
+        require_schema(settings.resolved_database_url)
+        open_storage(settings)
+        configure()
+        with bound(host, port) as listening:
+            leave_on_signals()
+            serve_api(create_app(settings), listening, host=host, announce=_announce)
+
+
+def _check_exposure(allowed: bool, host: str) -> None:
+    """The one place that decides whether the API may be reached from other machines."""
+    if not allowed:
+        message = (
+            f"{host} is not a loopback address: set ORTHOKV_ALLOW_REMOTE=true where a proxy checks who asks"
         )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _stop(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}", BAD_INPUT) from error
-    except (embedded.FolderInUse, DatabaseUnusable) as error:
-        raise _stop(str(error), BAD_INPUT) from error
-    except OSError as error:
-        raise _stop(f"cannot serve {data} on {host}:{port}: {error.strerror or error}", BAD_INPUT) from error
+        raise stop(message, BAD_INPUT)
+
+
+def migrate() -> None:
+    """Bring the database of ORTHOKV_DATABASE_URL to this version's schema."""
+    from app.migrate import upgrade
+    from app.settings import Settings
+
+    with starting():
+        upgrade(Settings().resolved_database_url)
 
 
 @jobs.command()
@@ -155,10 +185,10 @@ def submit(
     budgets = {"kept": kept, "layer_error": layer_error, "perplexity_increase": perplexity_increase}
     given = [(metric, value) for metric, value in budgets.items() if value is not None]
     if len(given) != 1:
-        raise _stop("give exactly one of --kept, --layer-error, --perplexity-increase", BAD_INPUT)
+        raise stop("give exactly one of --kept, --layer-error, --perplexity-increase", BAD_INPUT)
     for name in dataset:
         if name != "self" and not Path(name).is_file():
-            raise _stop(f"{name} is not a file", BAD_INPUT)
+            raise stop(f"{name} is not a file", BAD_INPUT)
     body: dict[str, Any] = {
         "model": {"id": _model_id(model), "revision": revision},
         "budget": {"metric": given[0][0], "value": given[0][1]},
@@ -233,7 +263,7 @@ def download(
 ) -> None:
     """Fetch the checkpoint of a job, its profile, or both. Broken downloads resume; every file is checked."""
     if out is None and profile is None:
-        raise _stop("say where to: --out DIR, --profile DIR, or both", BAD_INPUT)
+        raise stop("say where to: --out DIR, --profile DIR, or both", BAD_INPUT)
     with _connected(url) as client:
         result = client.call("GET", f"/v1/jobs/{job_id}")["result"] or {}
         if out is not None:
@@ -269,7 +299,7 @@ def _download(client: Client, artifacts: list[dict[str, Any]], folder: Path) -> 
 def _made(result: dict[str, Any], what: str, job_id: str) -> str:
     found: str | None = result.get(f"{what}_id")
     if found is None:
-        raise _stop(f"{job_id} has made no {what}", BAD_INPUT)
+        raise stop(f"{job_id} has made no {what}", BAD_INPUT)
     return found
 
 
@@ -279,5 +309,5 @@ def _model_id(model: str) -> str:
     if path.is_dir():
         return str(path.resolve())
     if path.is_absolute() or model.startswith("."):
-        raise _stop(f"{model} is not a folder", BAD_INPUT)
+        raise stop(f"{model} is not a folder", BAD_INPUT)
     return model

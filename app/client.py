@@ -115,7 +115,8 @@ class Client:
             part.touch()
             return
         headers = {"Range": f"bytes={done}-", "If-Range": f'"sha256-{artifact["sha256"]}"'} if done else {}
-        with self._http.stream("GET", artifact["url"], headers=headers) as response:
+        # The bytes may be in a bucket, behind a signed URL.
+        with self._http.stream("GET", artifact["url"], headers=headers, follow_redirects=True) as response:
             if response.is_error:
                 response.read()
             _raise_for_problem(response)

@@ -18,12 +18,12 @@ import app.profiles.routes
 from app import errors
 from app.database import Database, SyncDatabase
 from app.events.routes import StreamSlots
-from app.jobs.dispatch import LocalDispatcher
+from app.jobs.dispatch import make_dispatcher
 from app.jobs.reaper import Reaper
 from app.middleware import LocalOnly, PlainQueries, RequestIds
 from app.openapi import API_VERSION, describe
 from app.settings import Settings
-from app.storage import Storage
+from app.storage import open_storage
 
 DESCRIPTION = """Calibration as a service for KV-cache compression.
 
@@ -37,8 +37,8 @@ async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
     settings: Settings = api.state.settings
     url = settings.resolved_database_url
     api.state.database = Database(url)
-    api.state.storage = Storage(settings.resolved_storage_url)
-    api.state.dispatcher = LocalDispatcher(settings.wake_file)
+    api.state.storage = open_storage(settings)
+    api.state.dispatcher = make_dispatcher(settings)
     repairs = SyncDatabase(url)
     reaper = Reaper(repairs, api.state.storage, api.state.dispatcher, settings)
     reaper.start()
@@ -46,6 +46,7 @@ async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await to_thread.run_sync(reaper.stop)
+        await to_thread.run_sync(api.state.dispatcher.close)
         repairs.close()
         await api.state.database.close()
 

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Seconds = Annotated[float, Field(gt=0)]
 Bytes = Annotated[int, Field(gt=0)]
+GPU_CLASS_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
+GpuClass = Annotated[str, Field(pattern=GPU_CLASS_PATTERN)]
+DEFAULT_GPU_CLASS = "default"
 
 
 class Settings(BaseSettings):
@@ -29,7 +32,29 @@ class Settings(BaseSettings):
 
     Empty: a folder in the data folder.
     """
+    storage_options: dict[str, SecretStr] = {}
+    """Endpoint, region and credentials of a bucket, by obstore's names (`endpoint`, `access_key_id`, ...).
 
+    What is not here is read from the provider's own variables (`AWS_*`, `GOOGLE_*`, `AZURE_*`).
+    """
+    signed_download_seconds: Seconds | None = None
+    """Answer downloads with a redirect to the bucket, signed for this long.
+
+    None: the API sends the bytes itself.
+    """
+    broker_url: str = ""
+    """A Redis (`redis://...`, `rediss://...`) that carries hints, so that idle workers start in milliseconds.
+
+    Empty: workers look at the database every `idle_poll_seconds`.
+    """
+    gpu_classes: Annotated[tuple[GpuClass, ...], Field(min_length=1)] = (DEFAULT_GPU_CLASS,)
+    """Classes that jobs may name. A worker serves all of them unless it is told which."""
+
+    allow_remote: bool = False
+    """Let `orthokv api` listen on other addresses than the loopback.
+
+    For a network in which something else decides who may talk to it.
+    """
     allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
     """Names a request may carry in its Host header.
 
@@ -86,6 +111,14 @@ class Settings(BaseSettings):
     """Keep hidden states in files of a step's working folder instead of memory."""
     progress_seconds: Seconds = 1.0
     """Progress lines of a child are written to the database at most this often."""
+
+    @field_validator("broker_url")
+    @classmethod
+    def _is_redis(cls, url: str) -> str:
+        # Other transports lose the message of a killed worker, or cannot wait without polling.
+        if url and not url.startswith(("redis://", "rediss://")):
+            raise ValueError("must be a redis:// or rediss:// URL")
+        return url
 
     @model_validator(mode="after")
     def _heartbeats_fit_into_the_lease(self) -> Self:

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Path
 from fastapi.responses import Response
 
 from app.artifacts import service
-from app.artifacts.content import Conditions, content
+from app.artifacts.content import Conditions, content, elsewhere
 from app.artifacts.schemas import Artifact
-from app.dependencies import Db, Store
+from app.dependencies import Config, Db, Store
 from app.errors import Code, documented
 from app.ids import id_pattern
 
@@ -22,7 +22,8 @@ _CONTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The whole file.", "content": _BYTES},
     206: {"description": "The range that was asked for.", "content": _BYTES},
     304: {"description": "Not modified: files never are."},
-    **documented(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE),
+    307: {"description": "The bytes are at `Location`, for a short time: a signed URL of the object store."},
+    **documented(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE, Code.UNAVAILABLE),
 }
 
 
@@ -37,9 +38,13 @@ async def get(artifact_id: ArtifactId, db: Db) -> Artifact:
     response_class=Response,
     responses=_CONTENT_RESPONSES,
 )
-async def get_content(artifact_id: ArtifactId, db: Db, store: Store, conditions: Conditions) -> Response:
+async def get_content(
+    artifact_id: ArtifactId, db: Db, store: Store, settings: Config, conditions: Conditions
+) -> Response:
     """The bytes. `Repr-Digest` and the strong ETag are of the whole file, whatever part is sent."""
     artifact, object_key = await db.read(service.locate, artifact_id=artifact_id)
+    if settings.signed_download_seconds is not None and conditions.wants_bytes(artifact):
+        return await elsewhere(store, object_key, seconds=settings.signed_download_seconds)
     return await content(store, artifact, object_key, conditions)
 
 
@@ -49,6 +54,8 @@ async def get_content(artifact_id: ArtifactId, db: Db, store: Store, conditions:
     response_class=Response,
     responses={200: {"description": "The headers of the file."}, **documented(Code.NOT_FOUND)},
 )
-async def head_content(artifact_id: ArtifactId, db: Db, store: Store, conditions: Conditions) -> Response:
+async def head_content(
+    artifact_id: ArtifactId, db: Db, store: Store, settings: Config, conditions: Conditions
+) -> Response:
     """The headers alone: size, digest, type."""
-    return await get_content(artifact_id, db, store, conditions)
+    return await get_content(artifact_id, db, store, settings, conditions)

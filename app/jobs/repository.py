@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session, aliased
@@ -69,8 +69,10 @@ def count_running(session: Session, job_id: str) -> int:
     return session.execute(statement).scalar_one()
 
 
-def claim_step(session: Session, *, owner: str, lease_seconds: float) -> Step | None:
-    """Take the first ready step in one statement and raise its fence.
+def claim_step(
+    session: Session, *, owner: str, lease_seconds: float, gpu_classes: Sequence[str]
+) -> Step | None:
+    """Take the first ready step of these classes in one statement and raise its fence.
 
     `SKIP LOCKED` on the step and on its job: claimers never wait for each other, nor for a commit of the same
     job, and with no waiting there is no deadlock with those who lock the job first.
@@ -81,6 +83,7 @@ def claim_step(session: Session, *, owner: str, lease_seconds: float) -> Step | 
         .join(Job, Job.id == ready.job_id)
         .where(
             ready.status == StepStatus.READY,
+            ready.gpu_class.in_(gpu_classes),
             ready.not_before <= now(),
             Job.status.in_((JobStatus.QUEUED, JobStatus.RUNNING)),
         )
@@ -150,12 +153,15 @@ def stuck_cancels(session: Session, *, grace_seconds: float) -> list[str]:
     return list(session.execute(statement).scalars())
 
 
-def count_waiting(session: Session, *, older_than_seconds: float) -> int:
-    """Ready steps that nobody has claimed for this long."""
-    statement = select(func.count()).where(
-        Step.status == StepStatus.READY, Step.not_before < now(-older_than_seconds)
+def count_waiting(session: Session, *, older_than_seconds: float = 0.0) -> dict[str, int]:
+    """Ready steps that nobody has claimed for this long, by GPU class."""
+    statement = (
+        select(Step.gpu_class, func.count())
+        .where(Step.status == StepStatus.READY, Step.not_before <= now(-older_than_seconds))
+        .group_by(Step.gpu_class)
+        .order_by(Step.gpu_class)
     )
-    return session.execute(statement).scalar_one()
+    return {row[0]: row[1] for row in session.execute(statement)}
 
 
 def live_fences(session: Session) -> set[tuple[str, int]]:

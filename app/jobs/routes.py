@@ -49,14 +49,18 @@ _METADATA_DOCUMENT = {
 )
 async def create(body: JobCreate, once: Once, settings: Config, hints: Hints) -> JSONResponse:
     """Queue a job. Once this answers the job is safe; it runs when a worker is free."""
-    local = settings.allow_local_models
     response = await once.run(
         body,
-        lambda session: service.create(session, body=body, allow_local_models=local),
+        lambda session: service.create(
+            session,
+            body=body,
+            allow_local_models=settings.allow_local_models,
+            gpu_classes=settings.gpu_classes,
+        ),
         status_code=201,
         collection="/v1/jobs",
     )
-    hints.hint()
+    hints.hint(body.gpu_class)
     return response
 
 
@@ -137,7 +141,7 @@ async def get(
 async def cancel(job_id: JobId, response: Response, db: Db, hints: Hints) -> Job:
     """Ask for the end of a job. Once this answers the job cannot succeed any more."""
     job, pending = await db.write(service.cancel, job_id=job_id)
-    hints.hint()
+    hints.hint(job.gpu_class)
     response.status_code = 202 if pending else 200
     return job
 
@@ -151,7 +155,7 @@ async def cancel(job_id: JobId, response: Response, db: Db, hints: Hints) -> Job
 async def retry(job_id: JobId, db: Db, hints: Hints) -> Job:
     """Run a failed or cancelled job again, from the first step or layer that it lacks."""
     job = await db.write(service.retry, job_id=job_id)
-    hints.hint()
+    hints.hint(job.gpu_class)
     return job
 
 

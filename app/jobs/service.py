@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -20,18 +20,26 @@ from app.jobs.states import record, transition
 from app.jobs.unfold import add_first_steps, first_step, reopen
 from app.jobs.vocabulary import JobKind, JobStatus
 from app.pagination import Cursor, Page, page
+from app.settings import DEFAULT_GPU_CLASS
 
 # As the hub spells repositories. Anything else is a path, and paths are the server's own affair.
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
-def create(session: Session, *, body: JobCreate, allow_local_models: bool) -> Job:
+def create(
+    session: Session,
+    *,
+    body: JobCreate,
+    allow_local_models: bool,
+    gpu_classes: Sequence[str] = (DEFAULT_GPU_CLASS,),
+) -> Job:
     """Queue a job that compresses a model. The queued row is the whole promise; a hint only speeds it up."""
     _check_model(body.model.id, allow_local_models=allow_local_models)
+    _check_gpu_class(body.gpu_class, gpu_classes)
     for text in body.dataset.texts:
         if text.id is not None:
             require_ready(session, text.id)
-    spec = body.model_dump(mode="json", exclude={"metadata", "priority"})
+    spec = body.model_dump(mode="json", exclude={"metadata", "priority", "gpu_class"})
     return _queue(
         session,
         kind=JobKind.COMPRESS,
@@ -40,6 +48,7 @@ def create(session: Session, *, body: JobCreate, allow_local_models: bool) -> Jo
         dataset_id=body.dataset.id,
         labels=body.metadata,
         priority=body.priority,
+        gpu_class=body.gpu_class,
     )
 
 
@@ -59,6 +68,7 @@ def create_from_profile(
         resolved=origin.resolved,
         labels=labels,
         priority=origin.priority,
+        gpu_class=origin.gpu_class,
     )
 
 
@@ -145,6 +155,7 @@ def _queue(
     model_id: str,
     labels: dict[str, str],
     priority: int,
+    gpu_class: str,
     dataset_id: str | None = None,
     profile_id: str | None = None,
     resolved: dict[str, Any] | None = None,
@@ -157,6 +168,7 @@ def _queue(
         version=0,
         event_seq=0,
         priority=priority,
+        gpu_class=gpu_class,
         model_id=model_id,
         dataset_id=dataset_id,
         profile_id=profile_id,
@@ -182,6 +194,15 @@ def _lock(session: Session, job_id: str) -> Row:
     if row is None:
         raise not_found("job")
     return row
+
+
+def _check_gpu_class(gpu_class: str, known: Sequence[str]) -> None:
+    """A job of a class that no worker has would wait for ever."""
+    if gpu_class not in known:
+        field = FieldProblem(
+            pointer="/gpu_class", code="gpu_class", message=f"must be one of {', '.join(known)}"
+        )
+        raise Problem(Code.INVALID_REQUEST, "The server has no such GPU class.", errors=[field])
 
 
 def _check_model(model_id: str, *, allow_local_models: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Path, Response
@@ -17,6 +18,7 @@ from app.pagination import Page
 from app.profiles import service
 from app.profiles.schemas import CheckpointCreate, Profile
 from app.routing import BoundedRoute
+from app.settings import DEFAULT_GPU_CLASS
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"], route_class=BoundedRoute)
 ProfileId = Annotated[str, Path(pattern=id_pattern("prof"))]
@@ -74,5 +76,5 @@ async def create_checkpoint(
         status_code=202,
         collection="/v1/jobs",
     )
-    hints.hint()
+    hints.hint(json.loads(bytes(response.body)).get("gpu_class", DEFAULT_GPU_CLASS))
     return response

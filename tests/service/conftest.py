@@ -19,6 +19,8 @@ from app.models import metadata
 from app.settings import Settings
 from app.storage import Storage
 from tests.postgres import postgres_url
+from tests.redis_server import PrivateRedis, redis_url
+from tests.s3 import Bucket, new_bucket, s3_endpoint
 from tests.service.factories import Script
 
 # The default renderer draws tracebacks with all locals, which takes seconds.
@@ -32,6 +34,29 @@ def postgres() -> Iterator[str]:
     with postgres_url() as url:
         upgrade(url)
         yield url
+
+
+@pytest.fixture(scope="session")
+def broker_url() -> Iterator[str]:
+    with redis_url() as url:
+        yield url
+
+
+@pytest.fixture
+def private_redis() -> Iterator[PrivateRedis]:
+    with PrivateRedis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    with s3_endpoint() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3: str) -> Bucket:
+    return new_bucket(s3)
 
 
 @pytest.fixture(scope="session")

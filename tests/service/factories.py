@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from app.jobs.lease import Lease, RetryPolicy, claim
 from app.jobs.models import Step
 from app.jobs.schemas import Job, JobCreate
 from app.jobs.vocabulary import StepName
+from app.settings import DEFAULT_GPU_CLASS
 
 POLICY = RetryPolicy(max_failures=3, backoff_seconds=0.001)
 LEASE_SECONDS = 30.0
@@ -58,15 +60,17 @@ def job_body(**changes: Any) -> dict[str, Any]:
 
 def queue_job(database: SyncDatabase, **changes: Any) -> Job:
     body = JobCreate.model_validate(job_body(**changes))
-    return database.write(service.create, body=body, allow_local_models=True)
+    return database.write(service.create, body=body, allow_local_models=True, gpu_classes=(body.gpu_class,))
 
 
 def read_job(database: SyncDatabase, job_id: str) -> Job:
     return database.read(service.get, job_id=job_id)
 
 
-def claim_next(database: SyncDatabase, owner: str = "worker-1") -> Lease | None:
-    return database.write(claim, owner=owner, lease_seconds=LEASE_SECONDS)
+def claim_next(
+    database: SyncDatabase, owner: str = "worker-1", *, gpu_classes: Sequence[str] = (DEFAULT_GPU_CLASS,)
+) -> Lease | None:
+    return database.write(claim, owner=owner, lease_seconds=LEASE_SECONDS, gpu_classes=gpu_classes)
 
 
 def must_claim(database: SyncDatabase, owner: str = "worker-1") -> Lease:
