@@ -17,6 +17,7 @@ from pathlib import Path
 
 import structlog
 
+from app.auth.exposure import require_key
 from app.ids import new_id
 from app.logs import configure
 from app.main import create_app
@@ -117,11 +118,14 @@ class EmbeddedWorker:
 
 
 def run(settings: Settings, *, host: str, port: int, worker: bool, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `FolderInUse` and `OSError` (the port is taken)."""
+    """Serve until SIGINT or SIGTERM. Raises `FolderInUse`, `Exposed` and `OSError` (the port is taken)."""
     configure()
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     with locked(settings.data_dir) as lock, bound(host, port) as listening:
         upgrade(settings.resolved_database_url)
+        require_key(settings, host)
+        if not settings.auth_required:
+            log.info("auth.off", meaning="requests without a key act as 'local' in the project 'default'")
         leave_on_signals()  # the worker is still to be drained then
         embedded = EmbeddedWorker(settings, lock=lock) if worker else None
         if embedded is not None:

@@ -9,6 +9,8 @@ from anyio import to_thread
 from fastapi import FastAPI
 
 import app.artifacts.routes
+import app.audit.routes
+import app.auth.routes
 import app.checkpoints.routes
 import app.datasets.routes
 import app.events.routes
@@ -16,6 +18,7 @@ import app.health
 import app.jobs.routes
 import app.profiles.routes
 from app import errors
+from app.auth.rate import RateLimit
 from app.database import Database, SyncDatabase
 from app.events.routes import StreamSlots
 from app.jobs.dispatch import make_dispatcher
@@ -63,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     api.state.settings = settings
     api.state.streams = StreamSlots(settings.max_event_streams)
+    api.state.rate_limit = RateLimit(settings.rate_limit_requests, settings.rate_limit_window_seconds)
     errors.install(api)
     api.add_middleware(PlainQueries)
     api.add_middleware(LocalOnly, allowed_hosts=settings.allowed_hosts)
@@ -75,6 +79,9 @@ def create_app(settings: Settings) -> FastAPI:
         app.profiles.routes.router,
         app.checkpoints.routes.router,
         app.artifacts.routes.router,
+        app.auth.routes.projects,
+        app.auth.routes.keys,
+        app.audit.routes.router,
         app.health.router,
     ):
         api.include_router(router)

@@ -50,11 +50,6 @@ class Settings(BaseSettings):
     gpu_classes: Annotated[tuple[GpuClass, ...], Field(min_length=1)] = (DEFAULT_GPU_CLASS,)
     """Classes that jobs may name. A worker serves all of them unless it is told which."""
 
-    allow_remote: bool = False
-    """Let `orthokv api` listen on other addresses than the loopback.
-
-    For a network in which something else decides who may talk to it.
-    """
     allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
     """Names a request may carry in its Host header.
 
@@ -66,10 +61,27 @@ class Settings(BaseSettings):
     `orthokv serve` turns it on: its user and the server are one person.
     """
 
+    auth_required: bool = True
+    """Refuse requests without an API key.
+
+    `orthokv serve` on the loopback turns it off, unless it is set.
+    """
+    key_pepper: SecretStr = SecretStr("")
+    """A secret that is mixed into the stored digests of API keys. Changing it ends every key."""
+    rate_limit_requests: Annotated[int, Field(ge=1)] = 600
+    """Requests that one key may send in `rate_limit_window_seconds`, to each API process."""
+    rate_limit_window_seconds: Seconds = 60.0
+    max_queued_jobs: Annotated[int, Field(ge=0)] | None = 1000
+    """Limits of a project that has none of its own; None: no limit."""
+    max_running_steps: Annotated[int, Field(ge=1)] | None = None
+    max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
+
     max_body_bytes: Bytes = 1 << 20
     max_dataset_bytes: Bytes = 4 << 30
     max_wait_seconds: Seconds = 60.0
     max_event_streams: Annotated[int, Field(ge=1)] = 100
+    max_stream_seconds: Seconds = 900.0
+    """An event stream ends after this long; the client comes back with `Last-Event-ID`, and with its key."""
     poll_seconds: Seconds = 0.25
     """How often long polls and event streams look at the database."""
     idempotency_hours: Annotated[float, Field(gt=0)] = 24.0

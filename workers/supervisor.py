@@ -111,6 +111,7 @@ class Supervisor:
                 owner=self._name,
                 lease_seconds=self._settings.lease_seconds,
                 gpu_classes=self._settings.gpu_classes,
+                max_running_steps=self._settings.max_running_steps,
             )
         except SQLAlchemyError as error:
             log.warning("claim.failed", error=str(error).partition("\n")[0])

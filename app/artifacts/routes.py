@@ -10,8 +10,9 @@ from fastapi.responses import Response
 from app.artifacts import service
 from app.artifacts.content import Conditions, content, elsewhere
 from app.artifacts.schemas import Artifact
+from app.auth.dependency import ArtifactsRead, guarded
 from app.dependencies import Config, Db, Store
-from app.errors import Code, documented
+from app.errors import Code
 from app.ids import id_pattern
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
@@ -23,13 +24,13 @@ _CONTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     206: {"description": "The range that was asked for.", "content": _BYTES},
     304: {"description": "Not modified: files never are."},
     307: {"description": "The bytes are at `Location`, for a short time: a signed URL of the object store."},
-    **documented(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE, Code.UNAVAILABLE),
+    **guarded(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE, Code.UNAVAILABLE),
 }
 
 
-@router.get("/{artifact_id}", operation_id="artifacts.get", responses=documented(Code.NOT_FOUND))
-async def get(artifact_id: ArtifactId, db: Db) -> Artifact:
-    return await db.read(service.get, artifact_id=artifact_id)
+@router.get("/{artifact_id}", operation_id="artifacts.get", responses=guarded(Code.NOT_FOUND))
+async def get(artifact_id: ArtifactId, principal: ArtifactsRead, db: Db) -> Artifact:
+    return await db.read(service.get, artifact_id=artifact_id, principal=principal)
 
 
 @router.get(
@@ -39,10 +40,15 @@ async def get(artifact_id: ArtifactId, db: Db) -> Artifact:
     responses=_CONTENT_RESPONSES,
 )
 async def get_content(
-    artifact_id: ArtifactId, db: Db, store: Store, settings: Config, conditions: Conditions
+    artifact_id: ArtifactId,
+    principal: ArtifactsRead,
+    db: Db,
+    store: Store,
+    settings: Config,
+    conditions: Conditions,
 ) -> Response:
     """The bytes. `Repr-Digest` and the strong ETag are of the whole file, whatever part is sent."""
-    artifact, object_key = await db.read(service.locate, artifact_id=artifact_id)
+    artifact, object_key = await db.write(service.hand_out, artifact_id=artifact_id, principal=principal)
     if settings.signed_download_seconds is not None and conditions.wants_bytes(artifact):
         return await elsewhere(store, object_key, seconds=settings.signed_download_seconds)
     return await content(store, artifact, object_key, conditions)
@@ -52,10 +58,11 @@ async def get_content(
     "/{artifact_id}/content",
     operation_id="artifacts.head_content",
     response_class=Response,
-    responses={200: {"description": "The headers of the file."}, **documented(Code.NOT_FOUND)},
+    responses={200: {"description": "The headers of the file."}, **guarded(Code.NOT_FOUND)},
 )
 async def head_content(
-    artifact_id: ArtifactId, db: Db, store: Store, settings: Config, conditions: Conditions
+    artifact_id: ArtifactId, principal: ArtifactsRead, db: Db, store: Store, conditions: Conditions
 ) -> Response:
     """The headers alone: size, digest, type."""
-    return await get_content(artifact_id, db, store, settings, conditions)
+    artifact, object_key = await db.read(service.locate, artifact_id=artifact_id, principal=principal)
+    return await content(store, artifact, object_key, conditions)

@@ -61,14 +61,29 @@ def claim(
     *,
     owner: str,
     lease_seconds: float,
+    max_running_steps: int | None,
     gpu_classes: Sequence[str] = (DEFAULT_GPU_CLASS,),
 ) -> Lease | None:
-    """Take the next ready step of these classes, or None when there is none."""
-    step = repository.claim_step(session, owner=owner, lease_seconds=lease_seconds, gpu_classes=gpu_classes)
-    if step is None:
-        return None
-    job = repository.lock_job(session, step.job_id)
-    assert job is not None, "a step's foreign key keeps its job"
+    """Take the next ready step of these classes, or None when there is none that its project may run now.
+
+    `max_running_steps` is the limit of projects that have none of their own; None: no limit.
+    """
+    with session.begin_nested() as attempt:
+        step = repository.claim_step(
+            session,
+            owner=owner,
+            lease_seconds=lease_seconds,
+            max_running_steps=max_running_steps,
+            gpu_classes=gpu_classes,
+        )
+        if step is None:
+            return None
+        job = repository.lock_job(session, step.job_id)
+        assert job is not None, "a step's foreign key keeps its job"
+        # The claim saw room, and so may have another at the same time: the later one gives way.
+        if repository.exceeds_running_limit(session, job.project_id, max_running_steps=max_running_steps):
+            attempt.rollback()
+            return None
     name = StepName(step.name)
     about = {"step": name, "ordinal": step.ordinal, "attempt": step.attempts, "worker": owner}
     if job.phase != name.phase:

@@ -29,10 +29,13 @@ class Job(Base):
     __table_args__ = (
         _closed("status", JobStatus),
         Index(None, "status", "id"),
-        Index(None, "model_id", "id"),
+        Index(None, "project_id", "id"),
+        Index(None, "project_id", "status", "id"),
+        Index(None, "project_id", "model_id", "id"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("project.id"))
     kind: Mapped[str] = mapped_column(String(16))
     status: Mapped[str] = mapped_column(String(16))
     phase: Mapped[str] = mapped_column(String(64))

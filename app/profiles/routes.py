@@ -9,8 +9,9 @@ from fastapi import APIRouter, Header, Path, Response
 from fastapi.responses import JSONResponse
 
 from app.artifacts.content import Conditions, content
-from app.dependencies import Db, Hints, PageCursor, Store
-from app.errors import Code, documented
+from app.auth.dependency import CheckpointsWrite, ProfilesRead, guarded
+from app.dependencies import Config, Db, Hints, PageCursor, Store
+from app.errors import Code
 from app.idempotency.dependency import CREATION_CODES, Once
 from app.ids import id_pattern
 from app.jobs.schemas import Job
@@ -24,9 +25,9 @@ router = APIRouter(prefix="/v1/profiles", tags=["profiles"], route_class=Bounded
 ProfileId = Annotated[str, Path(pattern=id_pattern("prof"))]
 
 
-@router.get("", operation_id="profiles.list", responses=documented(Code.INVALID_CURSOR))
-async def list_page(db: Db, cursor: PageCursor) -> Page[Profile]:
-    return await db.read(service.list_page, cursor=cursor)
+@router.get("", operation_id="profiles.list", responses=guarded(Code.INVALID_CURSOR))
+async def list_page(principal: ProfilesRead, db: Db, cursor: PageCursor) -> Page[Profile]:
+    return await db.read(service.list_page, cursor=cursor, principal=principal)
 
 
 @router.get(
@@ -40,11 +41,12 @@ async def list_page(db: Db, cursor: PageCursor) -> Page[Profile]:
         },
         206: {"description": "A range of the plot."},
         304: {"description": "The plot has not changed."},
-        **documented(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE),
+        **guarded(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE),
     },
 )
 async def get(
     profile_id: ProfileId,
+    principal: ProfilesRead,
     db: Db,
     store: Store,
     conditions: Conditions,
@@ -52,8 +54,8 @@ async def get(
 ) -> Profile | Response:
     """A profile as JSON, or as a picture."""
     if "image/png" not in accept.lower():
-        return await db.read(service.get, profile_id=profile_id)
-    plot, object_key = await db.read(service.locate_plot, profile_id=profile_id)
+        return await db.read(service.get, profile_id=profile_id, principal=principal)
+    plot, object_key = await db.write(service.hand_out_plot, profile_id=profile_id, principal=principal)
     response = await content(store, plot, object_key, conditions, inline=True)
     response.headers["Vary"] = "Accept"
     return response
@@ -64,15 +66,23 @@ async def get(
     status_code=202,
     response_model=Job,
     operation_id="profiles.create_checkpoint",
-    responses=documented(*CREATION_CODES, Code.NOT_FOUND),
+    responses=guarded(*CREATION_CODES, Code.NOT_FOUND, Code.QUOTA_EXCEEDED, Code.QUEUE_FULL),
 )
 async def create_checkpoint(
-    profile_id: ProfileId, body: CheckpointCreate, once: Once, hints: Hints
+    profile_id: ProfileId,
+    body: CheckpointCreate,
+    principal: CheckpointsWrite,
+    once: Once,
+    settings: Config,
+    hints: Hints,
 ) -> JSONResponse:
     """Make a checkpoint for another budget. Takes seconds: everything was fitted before."""
     response = await once.run(
         body,
-        lambda session: service.create_checkpoint(session, profile_id=profile_id, body=body),
+        lambda session: service.create_checkpoint(
+            session, profile_id=profile_id, body=body, principal=principal, settings=settings
+        ),
+        principal=principal,
         status_code=202,
         collection="/v1/jobs",
     )

@@ -11,7 +11,10 @@ import pytest
 import structlog
 from fastapi.testclient import TestClient
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
+from app.auth.models import Project
+from app.auth.principal import DEFAULT_PROJECT_ID
 from app.database import SyncDatabase
 from app.main import create_app
 from app.migrate import upgrade
@@ -67,10 +70,16 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def empty(url: str) -> None:
-    """Delete every row."""
+    """Delete every row but the one that the migrations made."""
     database = SyncDatabase(url)
     names = ", ".join(f'"{name}"' for name in metadata.tables)
-    database.write(lambda session: session.execute(text(f"TRUNCATE {names} CASCADE")))
+    default = Project(id=DEFAULT_PROJECT_ID, name="default")
+
+    def clear(session: Session) -> None:
+        session.execute(text(f"TRUNCATE {names} CASCADE"))
+        session.add(default)
+
+    database.write(clear)
     database.close()
 
 
@@ -103,6 +112,7 @@ def settings(database_url: str, tmp_path: Path, script: Script) -> Settings:
         data_dir=tmp_path / "data",
         database_url=database_url,
         allow_local_models=True,
+        auth_required=False,
         allowed_hosts=("testserver",),
         poll_seconds=0.02,
         idle_poll_seconds=0.05,

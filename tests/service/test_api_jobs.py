@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from app.auth.principal import local_principal
 from app.database import SyncDatabase
 from app.jobs import service
 from app.jobs.lease import Failure, fail
@@ -396,4 +397,4 @@ def stream(
 
 def test_the_service_itself_reads_what_it_wrote(database: SyncDatabase) -> None:
     job = queue_job(database, metadata={"a": "b"})
-    assert database.read(service.get, job_id=job.id) == job
+    assert database.read(service.get, job_id=job.id, principal=local_principal()) == job

@@ -10,6 +10,7 @@ from alembic import command
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
+from app.auth.principal import local_principal
 from app.database import SyncDatabase
 from app.jobs.reaper import resend_hints
 from app.jobs.vocabulary import StepName
@@ -68,7 +69,13 @@ def test_all_steps_of_a_job_are_of_its_class(database: SyncDatabase) -> None:
     profile_id = done.result.profile_id
     assert profile_id is not None
     body = CheckpointCreate.model_validate({"budget": {"metric": "kept", "value": 0.5}})
-    again = database.write(create_checkpoint, profile_id=profile_id, body=body)
+    again = database.write(
+        create_checkpoint,
+        profile_id=profile_id,
+        body=body,
+        principal=local_principal(),
+        settings=Settings(gpu_classes=("h100",)),
+    )
     assert again.gpu_class == "h100"
     assert claim_next(database) is None
 
