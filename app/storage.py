@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,7 +25,7 @@ from obstore.store import AzureStore, GCSStore, S3Store, from_url
 from app.settings import Settings
 
 CHUNK_BYTES = 1 << 20
-_PROBE, _CHECK_SECONDS = "readiness/probe", 2.0
+_CHECK_SECONDS = 2.0
 _SIGNING = (S3Store, GCSStore, AzureStore)
 # What a local write leaves behind when its process is killed: `name#1`. Keys of ours have no '#'.
 _STAGING = re.compile(r"#\d+$")
@@ -68,6 +69,7 @@ class Storage:
                 more["client_options"] = {"allow_http": True}
             self._store = from_url(url, **more)
             self._sound_until = 0.0
+            self._probe = f"readiness/{uuid.uuid4().hex}"  # of this process: others look at the same store
         except (BaseError, OSError) as error:
             raise StorageError(f"cannot use {parts.scheme}://{parts.netloc}: {_first_line(error)}") from error
 
@@ -143,6 +145,8 @@ class Storage:
             return int((await obstore.head_async(self._store, key))["size"])
         except FileNotFoundError:
             return None
+        except (BaseError, OSError) as error:
+            raise StorageError(_first_line(error)) from error
 
     async def check(self) -> None:
         """Raise `StorageError` when nothing can be written to the store. Asked often, it looks every few seconds."""
@@ -151,8 +155,8 @@ class Storage:
         try:
             if self._root is not None and not self._root.is_dir():
                 raise StorageError("the folder is gone")
-            await obstore.put_async(self._store, _PROBE, b"readiness")
-            await obstore.delete_async(self._store, _PROBE)
+            await obstore.put_async(self._store, self._probe, b"readiness")
+            await obstore.delete_async(self._store, self._probe)
         except (BaseError, OSError) as error:
             raise StorageError(_first_line(error)) from error
         self._sound_until = time.monotonic() + _CHECK_SECONDS

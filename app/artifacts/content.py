@@ -76,7 +76,11 @@ async def content(
             headers={"Content-Range": f"bytes */{artifact.bytes}"},
         ) from error
     # Before any header goes out: an answer that breaks off says nothing.
-    if await storage.size(object_key) != artifact.bytes:
+    try:
+        size = await storage.size(object_key)
+    except StorageError as error:
+        raise Problem(Code.UNAVAILABLE, "The object store does not answer; try again.") from error
+    if size != artifact.bytes:
         log.error("artifact.damaged", artifact=artifact.id, object_key=object_key)
         raise Problem(
             Code.INTERNAL,

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse
 
 from app.auth.dependency import DatasetsRead, DatasetsWrite, guarded
-from app.datasets import service
+from app.datasets import service, uploads
 from app.datasets.schemas import Dataset, DatasetComplete, DatasetCreate
 from app.dependencies import Config, Db, PageCursor, Store
 from app.errors import Code
@@ -69,6 +69,8 @@ async def get(dataset_id: DatasetId, principal: DatasetsRead, db: Db, settings: 
         Code.NOT_FOUND,
         Code.CONFLICT,
         Code.BODY_TOO_LARGE,
+        Code.UNSUPPORTED_MEDIA_TYPE,
+        Code.DIGEST_MISMATCH,
         Code.STORAGE_ERROR,
     ),
 )
@@ -80,12 +82,14 @@ async def upload(
     store: Store,
     settings: Config,
 ) -> Dataset:
-    """Send the raw bytes. Nothing is parsed here; a repeated upload replaces the one before."""
+    """Send the raw bytes, all of them. A repeated upload replaces the one before; a `Content-Digest` or `Repr-Digest` is
+    checked before that."""
+    expected = uploads.expected_digest(request.headers)
     return await service.upload(
         db,
         store,
         dataset_id=dataset_id,
-        chunks=request.stream(),
+        chunks=uploads.checked(request.stream(), expected),
         principal=principal,
         settings=settings,
     )

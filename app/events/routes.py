@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse
 
+from app.accept import prefers
 from app.auth.dependency import JobsRead, guarded
 from app.dependencies import Config, Db
 from app.errors import Code, Problem
@@ -57,6 +58,7 @@ class StreamSlots:
 )
 async def events(
     request: Request,
+    response: Response,
     job_id: JobId,
     principal: JobsRead,
     db: Db,
@@ -74,7 +76,8 @@ async def events(
     """What happened to a job, in order and without gaps."""
     if last_event_id is not None:
         after = last_event_id
-    if "text/event-stream" not in accept.lower():
+    response.headers["Vary"] = "Accept"
+    if not prefers(accept, "text/event-stream"):
         return await db.read(service.page, job_id=job_id, principal=principal, after=after, limit=limit)
     slots: StreamSlots = request.app.state.streams
     slots.require_free()
@@ -91,5 +94,5 @@ async def events(
         max_seconds=settings.max_stream_seconds,
     )
     return EventSourceResponse(
-        slots.use(chunks), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        slots.use(chunks), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
     )

@@ -15,6 +15,9 @@ from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobKind, JobStatus, Step
 from app.schemas import Body, Budget, Form, Metadata, RankMultiple, Resource
 from app.settings import DEFAULT_GPU_CLASS, GpuClass
 
+# Methods that take optimisation steps; the others are closed forms.
+LEARNED = frozenset({"oblique", "stiefel"})
+
 
 class ModelRef(Body):
     """A model of the hub, or a folder of the server's machine where the server allows that."""
@@ -104,6 +107,18 @@ class JobCreate(Body):
     gpu_class: GpuClass = Field(
         DEFAULT_GPU_CLASS, description="Which workers may run the job: one of the server's classes."
     )
+
+    @model_validator(mode="after")
+    def _can_work(self) -> Self:
+        # Here and not in `Method`: a stored job is shown as it was asked for.
+        method = self.method
+        if method.parameterisation == "predictor" and method.type != "stiefel":
+            raise ValueError(f"method {method.type} has no predictor")
+        if method.steps is not None and method.type not in LEARNED:
+            raise ValueError(f"method {method.type} is a closed form and has no steps")
+        if self.dataset.num_samples < 2:
+            raise ValueError("num_samples must be at least 2: one is held out")
+        return self
 
 
 class CheckpointSpec(Resource):

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Response
 from fastapi.responses import JSONResponse
 
+from app.accept import prefers
 from app.artifacts.content import Conditions, content
 from app.auth.dependency import CheckpointsWrite, ProfilesRead, guarded
 from app.dependencies import Config, Db, Hints, PageCursor, Store
@@ -46,6 +47,7 @@ async def list_page(principal: ProfilesRead, db: Db, cursor: PageCursor) -> Page
 )
 async def get(
     profile_id: ProfileId,
+    response: Response,
     principal: ProfilesRead,
     db: Db,
     store: Store,
@@ -53,12 +55,13 @@ async def get(
     accept: Annotated[str, Header()] = "application/json",
 ) -> Profile | Response:
     """A profile as JSON, or as a picture."""
-    if "image/png" not in accept.lower():
+    if not prefers(accept, "image/png"):
+        response.headers["Vary"] = "Accept"
         return await db.read(service.get, profile_id=profile_id, principal=principal)
     plot, object_key = await db.write(service.hand_out_plot, profile_id=profile_id, principal=principal)
-    response = await content(store, plot, object_key, conditions, inline=True)
-    response.headers["Vary"] = "Accept"
-    return response
+    picture = await content(store, plot, object_key, conditions, inline=True)
+    picture.headers["Vary"] = "Accept"
+    return picture
 
 
 @router.post(
