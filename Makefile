@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check bench-quality bench-ablation format openapi table clean
+.PHONY: help install demo test test-crash check bench-quality bench-ablation format openapi table clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     run the main job end to end on the small model in demo/ (embedded: SQLite, no broker)"
-	@echo "make test     run all tests, on SQLite and on Postgres"
+	@echo "make test     run the tests, on SQLite and on Postgres"
+	@echo "make test-crash   run the tests that kill workers, servers and brokers"
 	@echo "make check    lint, types, import rules, OpenAPI, support table, migrations, images and manifests"
 	@echo "make bench-quality   every method on the bench models: JSON, tables, plots (needs ../shared; hours on a CPU)"
 	@echo "make bench-ablation  what each ingredient of the fit is worth, on the same model"
@@ -29,7 +30,10 @@ demo: $(STAMP)
 	$(BIN)/python -m demo.run
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not crash"
+
+test-crash: $(STAMP)
+	$(BIN)/python -m pytest -m crash
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ def services() -> Iterator[dict[str, str]]:
             "ORTHOKV_LAYERS_PER_FIT_STEP": "1",
             "ORTHOKV_RETRY_BACKOFF_SECONDS": "0.05",
             "ORTHOKV_DRAIN_SECONDS": "0",
+            "ORTHOKV_AUTH_REQUIRED": "false",  # keys have tests of their own
         }
 
 
