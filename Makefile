@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test check bench-quality bench-ablation format openapi table clean
+.PHONY: help install demo test test-crash check bench-quality bench-ablation format openapi table clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     run the main job end to end on the small model in demo/ (embedded: SQLite, no broker)"
-	@echo "make test     run all tests, on SQLite and on Postgres"
-	@echo "make check    lint, types, import rules, OpenAPI, support table and migrations"
+	@echo "make test     run the tests, on SQLite and on Postgres"
+	@echo "make test-crash   run the tests that kill workers, servers and brokers"
+	@echo "make check    lint, types, import rules, OpenAPI, support table, migrations, images and manifests"
 	@echo "make bench-quality   every method on the bench models: JSON, tables, plots (needs ../shared; hours on a CPU)"
 	@echo "make bench-ablation  what each ingredient of the fit is worth, on the same model"
 	@echo "make format   rewrite sources as the linter wants them"
@@ -29,7 +30,10 @@ demo: $(STAMP)
 	$(BIN)/python -m demo.run
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not crash"
+
+test-crash: $(STAMP)
+	$(BIN)/python -m pytest -m crash
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -39,6 +43,9 @@ check: $(STAMP)
 	$(BIN)/python -m app.openapi --check
 	$(BIN)/python -m tests.support_table --check
 	$(BIN)/python -m app.migrate --check
+	$(BIN)/yamllint --strict -c .yamllint.yml .yamllint.yml docker-compose.yml deploy
+	$(BIN)/hadolint Dockerfile gpu_worker.Dockerfile
+	$(BIN)/kubernetes-validate --strict --no-warn --quiet deploy/kubernetes/*.yaml
 
 # More options: make bench-quality ARGS="--device cuda --methods eigen:tied,stiefel:joint"
 RESULTS := benchmarks/results

@@ -1,4 +1,4 @@
-"""`orthokv serve` and `orthokv jobs ...`.
+"""`orthokv serve`, `api`, `migrate` and `jobs ...`.
 
 Exit codes: 0 done, 2 bad input (also when a job's model, dataset or settings turned out to be so), 3 budget unreachable,
 1 anything else.
@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 bad input (also when a job's model, dataset or settings tu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -14,19 +15,24 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
+from app.auth.keys import key_id_of
 from app.client import Client, DigestMismatch, Refused, Unreachable
+from app.starting import BAD_INPUT, FAILED, starting, stop
 from app.watch import show, summary
 
-FAILED, BAD_INPUT, BUDGET_UNREACHABLE = 1, 2, 3
+BUDGET_UNREACHABLE = 3
 # Why a job failed that is not its input's fault; other codes are.
 OURS = {"storage_error", "out_of_memory", "worker_lost", "internal"}
 
 jobs = typer.Typer(help="Submit and follow jobs of a running service.", no_args_is_help=True)
 
 Url = Annotated[str, typer.Option(envvar="ORTHOKV_URL", help="The service.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(help="File that holds the API key. By default the key is taken from ORTHOKV_API_KEY."),
+]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -62,57 +68,101 @@ class Form(StrEnum):
     full = "full"
 
 
-def _stop(message: str, code: int) -> typer.Exit:
-    typer.echo(f"orthokv: {message}", err=True)
-    return typer.Exit(code)
+def _api_key(file: Path | None) -> str | None:
+    """The key of the file, or else of the environment; never an argument, which other users can list."""
+    if file is not None:
+        try:
+            key = file.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeError) as error:
+            raise stop(f"cannot read a key from {file}", BAD_INPUT) from error
+        place = str(file)
+    elif (value := os.environ.get("ORTHOKV_API_KEY")) is not None:
+        key, place = value.strip(), "ORTHOKV_API_KEY"
+    else:
+        return None
+    if key_id_of(key) is None:
+        raise stop(f"{place} holds no API key: one begins with okv_", BAD_INPUT)
+    return key
 
 
 @contextmanager
-def _connected(url: str) -> Iterator[Client]:
+def _connected(url: str, key_file: Path | None) -> Iterator[Client]:
     """A client whose failures become one line and an exit code."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise _stop(f"{url!r} is not the URL of a server, such as {DEFAULT_URL}", BAD_INPUT)
+        raise stop(f"{url!r} is not the URL of a server, such as {DEFAULT_URL}", BAD_INPUT)
     try:
-        with Client(url) as client:
+        with Client(url, api_key=_api_key(key_file)) as client:
             yield client
     except Refused as error:
-        raise _stop(str(error), BAD_INPUT if error.status < 500 else FAILED) from error
+        raise stop(str(error), BAD_INPUT if error.status < 500 else FAILED) from error
     except (Unreachable, DigestMismatch, OSError) as error:
-        raise _stop(str(error), FAILED) from error
+        raise stop(str(error), FAILED) from error
+
+
+def _announce(url: str) -> None:
+    typer.echo(f"OrthoKV listening on {url}")
 
 
 def serve(
     data: Annotated[Path, typer.Option(help="Folder of the database and of all files.")] = Path(
         "orthokv-data"
     ),
-    host: Annotated[str, typer.Option(help="A loopback address.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Beyond the loopback, keys are needed: `orthokv keys create`.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
     worker: Annotated[bool, typer.Option(help="Run jobs, too.")] = True,
 ) -> None:
     """Run the service on this machine: API, worker, database and files, no other server needed."""
     from app import embedded  # not for `orthokv jobs`, which is to start fast
-    from app.database import DatabaseUnusable
+    from app.auth.exposure import Exposed, others_can_reach, require_auth
     from app.settings import Settings
 
-    if not embedded.is_loopback(host):
-        raise _stop(f"{host} is not a loopback address, and this server asks nobody who they are", BAD_INPUT)
-    try:
+    with starting(embedded.FolderInUse, Exposed):
         settings = Settings(data_dir=data, allow_local_models=True)
-        embedded.run(
-            settings,
-            host=host,
-            port=port,
-            worker=worker,
-            announce=lambda url: typer.echo(f"OrthoKV listening on {url}"),
-        )
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _stop(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}", BAD_INPUT) from error
-    except (embedded.FolderInUse, DatabaseUnusable) as error:
-        raise _stop(str(error), BAD_INPUT) from error
-    except OSError as error:
-        raise _stop(f"cannot serve {data} on {host}:{port}: {error.strerror or error}", BAD_INPUT) from error
+        alone = others_can_reach(settings, host) is None
+        if alone and "auth_required" not in settings.model_fields_set:
+            settings = settings.model_copy(update={"auth_required": False})
+        require_auth(settings, host)
+        embedded.run(settings, host=host, port=port, worker=worker, announce=_announce)
+
+
+def api(
+    host: Annotated[
+        str, typer.Option(help="Beyond the loopback, keys are needed: `orthokv keys create`.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+) -> None:
+    """Run the API of a fleet; `orthokv worker` runs the jobs. ORTHOKV_* variables name database and store."""
+    from app.auth.exposure import Exposed, require_auth, require_key
+    from app.logs import configure
+    from app.main import create_app
+    from app.migrate import require_schema
+    from app.server import bound, leave_on_signals
+    from app.server import serve as serve_api
+    from app.settings import Settings
+    from app.storage import open_storage
+
+    with starting(Exposed):
+        settings = Settings()
+        require_auth(settings, host)
+        require_schema(settings.resolved_database_url)
+        require_key(settings, host)
+        open_storage(settings)
+        configure()
+        with bound(host, port) as listening:
+            leave_on_signals()
+            serve_api(create_app(settings), listening, host=host, announce=_announce)
+
+
+def migrate() -> None:
+    """Bring the database of ORTHOKV_DATABASE_URL to this version's schema."""
+    from app.migrate import upgrade
+    from app.settings import Settings
+
+    with starting():
+        upgrade(Settings().resolved_database_url)
 
 
 @jobs.command()
@@ -150,15 +200,16 @@ def submit(
     seed: int = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
+    api_key_file: KeyFile = None,
 ) -> None:
     """Send a job; prints its id."""
     budgets = {"kept": kept, "layer_error": layer_error, "perplexity_increase": perplexity_increase}
     given = [(metric, value) for metric, value in budgets.items() if value is not None]
     if len(given) != 1:
-        raise _stop("give exactly one of --kept, --layer-error, --perplexity-increase", BAD_INPUT)
+        raise stop("give exactly one of --kept, --layer-error, --perplexity-increase", BAD_INPUT)
     for name in dataset:
         if name != "self" and not Path(name).is_file():
-            raise _stop(f"{name} is not a file", BAD_INPUT)
+            raise stop(f"{name} is not a file", BAD_INPUT)
     body: dict[str, Any] = {
         "model": {"id": _model_id(model), "revision": revision},
         "budget": {"metric": given[0][0], "value": given[0][1]},
@@ -175,7 +226,7 @@ def submit(
         "rank_multiple": rank_multiple,
         "seed": seed,
     }
-    with _connected(url) as client:
+    with _connected(url, api_key_file) as client:
         texts = [
             {"source": "self"}
             if name == "self"
@@ -190,9 +241,9 @@ def submit(
 
 
 @jobs.command()
-def watch(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+def watch(job_id: JobId, url: Url = DEFAULT_URL, api_key_file: KeyFile = None) -> None:
     """Follow a job to its end."""
-    with _connected(url) as client:
+    with _connected(url, api_key_file) as client:
         _follow(client, job_id)
 
 
@@ -202,11 +253,12 @@ def list_jobs(
     model: Annotated[str | None, typer.Option(help="Only jobs of this model id.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
     url: Url = DEFAULT_URL,
+    api_key_file: KeyFile = None,
 ) -> None:
     """List jobs, newest first."""
     wanted = {"status": status, "model": model, "limit": limit}
     query = {name: value for name, value in wanted.items() if value is not None}
-    with _connected(url) as client:
+    with _connected(url, api_key_file) as client:
         for job in client.call("GET", "/v1/jobs", params=query)["data"]:
             budget = job["spec"]["budget"]
             asked = f"{budget['metric']}={budget['value']:g}"
@@ -218,9 +270,9 @@ def list_jobs(
 
 
 @jobs.command()
-def cancel(job_id: JobId, url: Url = DEFAULT_URL) -> None:
+def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key_file: KeyFile = None) -> None:
     """Ask for the end of a job."""
-    with _connected(url) as client:
+    with _connected(url, api_key_file) as client:
         typer.echo(client.call("POST", f"/v1/jobs/{job_id}/cancel")["status"])
 
 
@@ -230,11 +282,12 @@ def download(
     out: Annotated[Path | None, typer.Option(help="Folder for the checkpoint.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Folder for the profile's files.")] = None,
     url: Url = DEFAULT_URL,
+    api_key_file: KeyFile = None,
 ) -> None:
     """Fetch the checkpoint of a job, its profile, or both. Broken downloads resume; every file is checked."""
     if out is None and profile is None:
-        raise _stop("say where to: --out DIR, --profile DIR, or both", BAD_INPUT)
-    with _connected(url) as client:
+        raise stop("say where to: --out DIR, --profile DIR, or both", BAD_INPUT)
+    with _connected(url, api_key_file) as client:
         result = client.call("GET", f"/v1/jobs/{job_id}")["result"] or {}
         if out is not None:
             found = _made(result, "checkpoint", job_id)
@@ -269,7 +322,7 @@ def _download(client: Client, artifacts: list[dict[str, Any]], folder: Path) -> 
 def _made(result: dict[str, Any], what: str, job_id: str) -> str:
     found: str | None = result.get(f"{what}_id")
     if found is None:
-        raise _stop(f"{job_id} has made no {what}", BAD_INPUT)
+        raise stop(f"{job_id} has made no {what}", BAD_INPUT)
     return found
 
 
@@ -279,5 +332,5 @@ def _model_id(model: str) -> str:
     if path.is_dir():
         return str(path.resolve())
     if path.is_absolute() or model.startswith("."):
-        raise _stop(f"{model} is not a folder", BAD_INPUT)
+        raise stop(f"{model} is not a folder", BAD_INPUT)
     return model

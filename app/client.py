@@ -37,10 +37,14 @@ class DigestMismatch(Exception):
 class Client:
     """One server."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, api_key: str | None = None) -> None:
         self._url = url
-        # Answers to a long poll come late by design.
-        self._http = httpx2.Client(base_url=url, timeout=httpx2.Timeout(30.0, read=_WAIT_SECONDS + 30.0))
+        self._http = httpx2.Client(
+            base_url=url,
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            # Answers to a long poll come late by design.
+            timeout=httpx2.Timeout(30.0, read=_WAIT_SECONDS + 30.0),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +119,8 @@ class Client:
             part.touch()
             return
         headers = {"Range": f"bytes={done}-", "If-Range": f'"sha256-{artifact["sha256"]}"'} if done else {}
-        with self._http.stream("GET", artifact["url"], headers=headers) as response:
+        # The bytes may be in a bucket, behind a signed URL.
+        with self._http.stream("GET", artifact["url"], headers=headers, follow_redirects=True) as response:
             if response.is_error:
                 response.read()
             _raise_for_problem(response)

@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import ipaddress
 import os
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import structlog
-import uvicorn
 
+from app.auth.exposure import require_key
 from app.ids import new_id
 from app.logs import configure
 from app.main import create_app
 from app.migrate import upgrade
+from app.server import bound, leave_on_signals, serve
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -121,71 +117,24 @@ class EmbeddedWorker:
         )
 
 
-class _AnnouncingServer(uvicorn.Server):
-    """Calls back once requests are accepted."""
-
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_ready = on_ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._on_ready()
-
-
 def run(settings: Settings, *, host: str, port: int, worker: bool, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM. Raises `FolderInUse` and `OSError` (the port is taken)."""
+    """Serve until SIGINT or SIGTERM. Raises `FolderInUse`, `Exposed` and `OSError` (the port is taken)."""
     configure()
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    with locked(settings.data_dir) as lock, _bound(host, port) as listening:
+    with locked(settings.data_dir) as lock, bound(host, port) as listening:
         upgrade(settings.resolved_database_url)
-        bound_port = listening.getsockname()[1]
-        shown = f"[{host}]" if ":" in host else host
-        config = uvicorn.Config(
-            create_app(settings),
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=3,  # waiting clients and open event streams do not hold up a stop
-        )
-        server = _AnnouncingServer(config, lambda: announce(f"http://{shown}:{bound_port}"))
-        # uvicorn stops by these, and raises them again once it has: the worker is still to be drained then.
-        signal.signal(signal.SIGTERM, _leave)
-        signal.signal(signal.SIGINT, _leave)
+        require_key(settings, host)
+        if not settings.auth_required:
+            log.info("auth.off", meaning="requests without a key act as 'local' in the project 'default'")
+        leave_on_signals()  # the worker is still to be drained then
         embedded = EmbeddedWorker(settings, lock=lock) if worker else None
         if embedded is not None:
             embedded.start()
         try:
-            server.run(sockets=[listening])
+            serve(create_app(settings), listening, host=host, announce=announce)
         finally:
             if embedded is not None:
                 embedded.stop()
-
-
-def _leave(_number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(0)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except OSError:
-        listening.close()
-        raise
-    return listening
 
 
 def _environment(settings: Settings) -> dict[str, str]:

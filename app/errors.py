@@ -14,11 +14,13 @@ from typing import Any
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+
+from app.auth.keys import redact
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +35,10 @@ class Code(StrEnum):
     INVALID_HOST = "invalid_host"
     INVALID_CURSOR = "invalid_cursor"
     INVALID_IDEMPOTENCY_KEY = "invalid_idempotency_key"
+    UNAUTHENTICATED = "unauthenticated"
     FOREIGN_ORIGIN = "foreign_origin"
+    INSUFFICIENT_SCOPE = "insufficient_scope"
+    QUOTA_EXCEEDED = "quota_exceeded"
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     NOT_ACCEPTABLE = "not_acceptable"
@@ -46,6 +51,8 @@ class Code(StrEnum):
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
     DIGEST_MISMATCH = "digest_mismatch"
     LOCAL_MODELS_DISABLED = "local_models_disabled"
+    QUEUE_FULL = "queue_full"
+    RATE_LIMITED = "rate_limited"
     INTERNAL = "internal"
     UNAVAILABLE = "unavailable"
     STORAGE_ERROR = "storage_error"
@@ -56,7 +63,10 @@ _STATUS: dict[Code, int] = {
     Code.INVALID_HOST: 400,
     Code.INVALID_CURSOR: 400,
     Code.INVALID_IDEMPOTENCY_KEY: 400,
+    Code.UNAUTHENTICATED: 401,
     Code.FOREIGN_ORIGIN: 403,
+    Code.INSUFFICIENT_SCOPE: 403,
+    Code.QUOTA_EXCEEDED: 403,
     Code.NOT_FOUND: 404,
     Code.METHOD_NOT_ALLOWED: 405,
     Code.NOT_ACCEPTABLE: 406,
@@ -69,6 +79,8 @@ _STATUS: dict[Code, int] = {
     Code.IDEMPOTENCY_KEY_REUSED: 422,
     Code.DIGEST_MISMATCH: 422,
     Code.LOCAL_MODELS_DISABLED: 422,
+    Code.QUEUE_FULL: 429,
+    Code.RATE_LIMITED: 429,
     Code.INTERNAL: 500,
     Code.UNAVAILABLE: 503,
     Code.STORAGE_ERROR: 507,
@@ -119,7 +131,7 @@ def not_found(what: str) -> Problem:
     return Problem(Code.NOT_FOUND, f"No such {what}.")
 
 
-def render(problem: Problem, *, path: str, request_id: str) -> JSONResponse:
+def render(problem: Problem, *, path: str, request_id: str) -> Response:
     """The response of a problem."""
     body = ProblemDetail(
         type=_TYPE_BASE + problem.code.replace("_", "-"),
@@ -131,8 +143,8 @@ def render(problem: Problem, *, path: str, request_id: str) -> JSONResponse:
         request_id=request_id,
         errors=problem.errors,
     )
-    return JSONResponse(
-        body.model_dump(mode="json"),
+    return Response(
+        redact(body.model_dump_json()),  # a path or a field's name may hold what should have been a header
         status_code=problem.status,
         headers={**problem.headers, "X-Request-Id": request_id},
         media_type=PROBLEM_JSON,
@@ -179,7 +191,13 @@ def _field_problem(error: dict[str, Any]) -> FieldProblem:
     )
 
 
-def _from_validation(error: RequestValidationError) -> Problem:
+def _from_validation(request: Request, error: RequestValidationError) -> Problem:
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and any(item["loc"] == ("body",) for item in error.errors()):
+        return Problem(
+            Code.UNSUPPORTED_MEDIA_TYPE,
+            "Send the body as JSON, with the header Content-Type: application/json.",
+        )
     fields = [_field_problem(item) for item in error.errors()]
     return Problem(Code.INVALID_REQUEST, "The request does not fit its schema.", errors=fields)
 
@@ -209,23 +227,23 @@ def request_id_of(request: Request) -> str:
 def install(app: FastAPI) -> None:
     """Register the handlers on the app."""
 
-    def answer(request: Request, problem: Problem) -> JSONResponse:
+    def answer(request: Request, problem: Problem) -> Response:
         return render(problem, path=request.url.path, request_id=request_id_of(request))
 
     @app.exception_handler(Problem)
-    async def on_problem(request: Request, error: Problem) -> JSONResponse:
+    async def on_problem(request: Request, error: Problem) -> Response:
         return answer(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(request, _from_validation(error))
+    async def on_invalid(request: Request, error: RequestValidationError) -> Response:
+        return answer(request, _from_validation(request, error))
 
     @app.exception_handler(HTTPException)
-    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+    async def on_http(request: Request, error: HTTPException) -> Response:
         return answer(request, _from_http(request, error))
 
     @app.exception_handler(OperationalError)
-    async def on_database(request: Request, error: OperationalError) -> JSONResponse:
+    async def on_database(request: Request, error: OperationalError) -> Response:
         log.error("database.unavailable", request_id=request_id_of(request), error=str(error.orig))
         unavailable = Problem(
             Code.UNAVAILABLE, "The database does not answer; try again.", headers={"Retry-After": "5"}
@@ -233,12 +251,12 @@ def install(app: FastAPI) -> None:
         return answer(request, unavailable)
 
     @app.exception_handler(DataError)
-    async def on_value(request: Request, error: DataError) -> JSONResponse:
+    async def on_value(request: Request, error: DataError) -> Response:
         log.warning("database.value_refused", request_id=request_id_of(request), error=str(error.orig))
         return answer(request, Problem(Code.INVALID_REQUEST, "A value of the request cannot be stored."))
 
     @app.exception_handler(Exception)
-    async def on_defect(request: Request, error: Exception) -> JSONResponse:
+    async def on_defect(request: Request, error: Exception) -> Response:
         log.error("request.failed", request_id=request_id_of(request), exc_info=error)
         return answer(
             request, Problem(Code.INTERNAL, "The server failed; the request id finds it in the log.")

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import structlog
+
+from app.auth.keys import redact
+
+
+def _without_keys(_logger: object, _method: str, line: Any) -> str:
+    return redact(line)
 
 
 def configure() -> None:
@@ -18,6 +25,7 @@ def configure() -> None:
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             renderer,
+            _without_keys,
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,

@@ -9,6 +9,8 @@ from anyio import to_thread
 from fastapi import FastAPI
 
 import app.artifacts.routes
+import app.audit.routes
+import app.auth.routes
 import app.checkpoints.routes
 import app.datasets.routes
 import app.events.routes
@@ -16,14 +18,15 @@ import app.health
 import app.jobs.routes
 import app.profiles.routes
 from app import errors
+from app.auth.rate import RateLimit
 from app.database import Database, SyncDatabase
 from app.events.routes import StreamSlots
-from app.jobs.dispatch import LocalDispatcher
+from app.jobs.dispatch import make_dispatcher
 from app.jobs.reaper import Reaper
 from app.middleware import LocalOnly, PlainQueries, RequestIds
 from app.openapi import API_VERSION, describe
 from app.settings import Settings
-from app.storage import Storage
+from app.storage import open_storage
 
 DESCRIPTION = """Calibration as a service for KV-cache compression.
 
@@ -37,8 +40,8 @@ async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
     settings: Settings = api.state.settings
     url = settings.resolved_database_url
     api.state.database = Database(url)
-    api.state.storage = Storage(settings.resolved_storage_url)
-    api.state.dispatcher = LocalDispatcher(settings.wake_file)
+    api.state.storage = open_storage(settings)
+    api.state.dispatcher = make_dispatcher(settings)
     repairs = SyncDatabase(url)
     reaper = Reaper(repairs, api.state.storage, api.state.dispatcher, settings)
     reaper.start()
@@ -46,6 +49,7 @@ async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await to_thread.run_sync(reaper.stop)
+        await to_thread.run_sync(api.state.dispatcher.close)
         repairs.close()
         await api.state.database.close()
 
@@ -62,6 +66,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     api.state.settings = settings
     api.state.streams = StreamSlots(settings.max_event_streams)
+    api.state.rate_limit = RateLimit(settings.rate_limit_requests, settings.rate_limit_window_seconds)
     errors.install(api)
     api.add_middleware(PlainQueries)
     api.add_middleware(LocalOnly, allowed_hosts=settings.allowed_hosts)
@@ -74,6 +79,9 @@ def create_app(settings: Settings) -> FastAPI:
         app.profiles.routes.router,
         app.checkpoints.routes.router,
         app.artifacts.routes.router,
+        app.auth.routes.projects,
+        app.auth.routes.keys,
+        app.audit.routes.router,
         app.health.router,
     ):
         api.include_router(router)

@@ -1,6 +1,8 @@
 """Every table in one import, for migrations and for foreign keys that name each other."""
 
 from app.artifacts.models import Artifact
+from app.audit.models import AuditEvent
+from app.auth.models import ApiKey, Project
 from app.checkpoints.models import Checkpoint, CheckpointFile
 from app.database import Base
 from app.datasets.models import Dataset
@@ -12,7 +14,9 @@ from app.profiles.models import Profile
 metadata = Base.metadata
 
 __all__ = [
+    "ApiKey",
     "Artifact",
+    "AuditEvent",
     "Checkpoint",
     "CheckpointFile",
     "Dataset",
@@ -21,6 +25,7 @@ __all__ = [
     "Job",
     "Layer",
     "Profile",
+    "Project",
     "Step",
     "metadata",
 ]

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Select
+from sqlalchemy import ColumnElement, Select, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.errors import Code, Problem
@@ -58,12 +58,20 @@ def page(data: list[Item], has_more: bool) -> Page[Item]:
 
 
 def cut(
-    session: Session, statement: Select[T], key: InstrumentedAttribute[str], cursor: Cursor
+    session: Session,
+    statement: Select[T],
+    key: InstrumentedAttribute[str],
+    cursor: Cursor,
+    *,
+    within: ColumnElement[bool],
 ) -> tuple[list[T], bool]:
-    """The rows of one page and whether more follow. An unknown `after` is an error, never page one."""
+    """The rows of one page and whether more follow. `within`: which rows the client may see at all.
+
+    An unknown `after`, or one that lies outside of `within`, is an error, never page one.
+    """
+    statement = statement.where(within)
     if cursor.after is not None:
-        model: Any = key.class_
-        if session.get(model, cursor.after) is None:
+        if session.execute(select(key).where(key == cursor.after, within)).one_or_none() is None:
             raise Problem(Code.INVALID_CURSOR, "The 'after' parameter names no item of this list.")
         statement = statement.where(key < cursor.after if cursor.order == "desc" else key > cursor.after)
     ordered = statement.order_by(key.desc() if cursor.order == "desc" else key.asc()).limit(cursor.limit + 1)

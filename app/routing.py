@@ -10,8 +10,6 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Message, Receive
 
-from app.errors import Code, Problem
-
 
 class BoundedRoute(APIRoute):
     """A route that reads JSON, of at most `max_body_bytes`, declared or not.
@@ -21,15 +19,8 @@ class BoundedRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        has_body = self.body_field is not None
 
         async def bounded(request: Request) -> Response:
-            media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if has_body and media_type != "application/json":
-                raise Problem(
-                    Code.UNSUPPORTED_MEDIA_TYPE,
-                    "Send the body as JSON, with the header Content-Type: application/json.",
-                )
             limit: int = request.app.state.settings.max_body_bytes
             return await handle(Request(request.scope, _limited(request.receive, limit)))
 

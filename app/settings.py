@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Seconds = Annotated[float, Field(gt=0)]
 Bytes = Annotated[int, Field(gt=0)]
+GPU_CLASS_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
+GpuClass = Annotated[str, Field(pattern=GPU_CLASS_PATTERN)]
+DEFAULT_GPU_CLASS = "default"
 
 
 class Settings(BaseSettings):
@@ -29,6 +32,23 @@ class Settings(BaseSettings):
 
     Empty: a folder in the data folder.
     """
+    storage_options: dict[str, SecretStr] = {}
+    """Endpoint, region and credentials of a bucket, by obstore's names (`endpoint`, `access_key_id`, ...).
+
+    What is not here is read from the provider's own variables (`AWS_*`, `GOOGLE_*`, `AZURE_*`).
+    """
+    signed_download_seconds: Seconds | None = None
+    """Answer downloads with a redirect to the bucket, signed for this long.
+
+    None: the API sends the bytes itself.
+    """
+    broker_url: str = ""
+    """A Redis (`redis://...`, `rediss://...`) that carries hints, so that idle workers start in milliseconds.
+
+    Empty: workers look at the database every `idle_poll_seconds`.
+    """
+    gpu_classes: Annotated[tuple[GpuClass, ...], Field(min_length=1)] = (DEFAULT_GPU_CLASS,)
+    """Classes that jobs may name. A worker serves all of them unless it is told which."""
 
     allowed_hosts: tuple[str, ...] = ("127.0.0.1", "localhost", "[::1]")
     """Names a request may carry in its Host header.
@@ -41,10 +61,27 @@ class Settings(BaseSettings):
     `orthokv serve` turns it on: its user and the server are one person.
     """
 
+    auth_required: bool = True
+    """Refuse requests without an API key.
+
+    `orthokv serve` on the loopback turns it off, unless it is set.
+    """
+    key_pepper: SecretStr = SecretStr("")
+    """A secret that is mixed into the stored digests of API keys. Changing it ends every key."""
+    rate_limit_requests: Annotated[int, Field(ge=1)] = 600
+    """Requests that one key may send in `rate_limit_window_seconds`, to each API process."""
+    rate_limit_window_seconds: Seconds = 60.0
+    max_queued_jobs: Annotated[int, Field(ge=0)] | None = 1000
+    """Limits of a project that has none of its own; None: no limit."""
+    max_running_steps: Annotated[int, Field(ge=1)] | None = None
+    max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
+
     max_body_bytes: Bytes = 1 << 20
     max_dataset_bytes: Bytes = 4 << 30
     max_wait_seconds: Seconds = 60.0
     max_event_streams: Annotated[int, Field(ge=1)] = 100
+    max_stream_seconds: Seconds = 900.0
+    """An event stream ends after this long; the client comes back with `Last-Event-ID`, and with its key."""
     poll_seconds: Seconds = 0.25
     """How often long polls and event streams look at the database."""
     idempotency_hours: Annotated[float, Field(gt=0)] = 24.0
@@ -86,6 +123,14 @@ class Settings(BaseSettings):
     """Keep hidden states in files of a step's working folder instead of memory."""
     progress_seconds: Seconds = 1.0
     """Progress lines of a child are written to the database at most this often."""
+
+    @field_validator("broker_url")
+    @classmethod
+    def _is_redis(cls, url: str) -> str:
+        # Other transports lose the message of a killed worker, or cannot wait without polling.
+        if url and not url.startswith(("redis://", "rediss://")):
+            raise ValueError("must be a redis:// or rediss:// URL")
+        return url
 
     @model_validator(mode="after")
     def _heartbeats_fit_into_the_lease(self) -> Self:

@@ -9,19 +9,24 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+import uuid
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import obstore
 from obstore.exceptions import BaseError
-from obstore.store import from_url
+from obstore.store import AzureStore, GCSStore, S3Store, from_url
+
+from app.settings import Settings
 
 CHUNK_BYTES = 1 << 20
-_PROBE, _CHECK_SECONDS = "readiness/probe", 2.0
+_CHECK_SECONDS = 2.0
+_SIGNING = (S3Store, GCSStore, AzureStore)
 # What a local write leaves behind when its process is killed: `name#1`. Keys of ours have no '#'.
 _STAGING = re.compile(r"#\d+$")
 
@@ -47,13 +52,40 @@ class Listed:
 class Storage:
     """Objects by key. Writes are atomic: a reader sees a whole object or none."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, options: Mapping[str, str] | None = None) -> None:
+        """`options` are obstore's for this kind of store; its provider's own variables fill the gaps.
+
+        Raises `StorageError` when the configuration cannot be right.
+        """
         parts = urlsplit(url)
         self._root = Path(url2pathname(parts.path)) if parts.scheme == "file" else None
-        if self._root is not None:
-            self._root.mkdir(parents=True, exist_ok=True)
-        self._store = from_url(url)
-        self._sound_until = 0.0
+        try:
+            if self._root is not None:
+                self._root.mkdir(parents=True, exist_ok=True)
+            plain = any(value.startswith("http://") for value in (options or {}).values())
+            # Typed loosely, because each kind of store has options of its own.
+            more: dict[str, Any] = {"config": dict(options)} if options else {}
+            if plain:
+                more["client_options"] = {"allow_http": True}
+            self._store = from_url(url, **more)
+            self._sound_until = 0.0
+            self._probe = f"readiness/{uuid.uuid4().hex}"  # of this process: others look at the same store
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot use {parts.scheme}://{parts.netloc}: {_first_line(error)}") from error
+
+    @property
+    def can_sign(self) -> bool:
+        """Whether clients can be sent to the store itself."""
+        return isinstance(self._store, _SIGNING)
+
+    async def sign(self, key: str, *, seconds: float) -> str:
+        """A URL that reads this one object, and no other, for so long. Whoever has it may use it."""
+        if not isinstance(self._store, _SIGNING):
+            raise StorageError("this store cannot sign URLs")
+        try:
+            return await obstore.sign_async(self._store, "GET", key, timedelta(seconds=seconds))
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot sign: {_first_line(error)}") from error
 
     def put_file(self, key: str, path: Path) -> Stored:
         """Store a file and read it back: the digest of what is in the store is the digest of the file."""
@@ -113,6 +145,8 @@ class Storage:
             return int((await obstore.head_async(self._store, key))["size"])
         except FileNotFoundError:
             return None
+        except (BaseError, OSError) as error:
+            raise StorageError(_first_line(error)) from error
 
     async def check(self) -> None:
         """Raise `StorageError` when nothing can be written to the store. Asked often, it looks every few seconds."""
@@ -121,8 +155,8 @@ class Storage:
         try:
             if self._root is not None and not self._root.is_dir():
                 raise StorageError("the folder is gone")
-            await obstore.put_async(self._store, _PROBE, b"readiness")
-            await obstore.delete_async(self._store, _PROBE)
+            await obstore.put_async(self._store, self._probe, b"readiness")
+            await obstore.delete_async(self._store, self._probe)
         except (BaseError, OSError) as error:
             raise StorageError(_first_line(error)) from error
         self._sound_until = time.monotonic() + _CHECK_SECONDS
@@ -173,6 +207,15 @@ class Storage:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def open_storage(settings: Settings) -> Storage:
+    """The store of these settings. Raises `StorageError`."""
+    options = {name: value.get_secret_value() for name, value in settings.storage_options.items()}
+    storage = Storage(settings.resolved_storage_url, options)
+    if settings.signed_download_seconds is not None and not storage.can_sign:
+        raise StorageError("ORTHOKV_SIGNED_DOWNLOAD_SECONDS needs a bucket: this store cannot sign URLs")
+    return storage
 
 
 def digest_file(path: Path) -> Stored:

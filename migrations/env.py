@@ -16,6 +16,11 @@ _LOCK = 0x0F7408
 
 
 def run(connection: Connection) -> None:
+    sqlite = connection.dialect.name == "sqlite"
+    if sqlite:
+        # SQLite changes a table by making it anew, and with foreign keys on, dropping the old one would delete
+        # what refers to it. The switch works between transactions only, hence below SQLAlchemy.
+        _sqlite_foreign_keys(connection, "OFF")
     context.configure(
         connection=connection, target_metadata=metadata, render_as_batch=True, compare_type=True
     )
@@ -25,6 +30,16 @@ def run(connection: Connection) -> None:
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
             connection.execute(text("SET LOCAL lock_timeout = '5s'"))
         context.run_migrations()
+        if sqlite and (broken := connection.execute(text("PRAGMA foreign_key_check")).all()):
+            raise RuntimeError(f"the migration breaks foreign keys: {broken[:5]}")
+    if sqlite:
+        _sqlite_foreign_keys(connection, "ON")
+
+
+def _sqlite_foreign_keys(connection: Connection, state: str) -> None:
+    cursor = connection.connection.cursor()
+    cursor.execute(f"PRAGMA foreign_keys={state}")
+    cursor.close()
 
 
 if (given := context.config.attributes.get("connection")) is not None:

@@ -17,10 +17,8 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +28,7 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-START_SECONDS = 60.0
+from tests.servers import free_port, install_debian_package, start_container, wait_for
 
 
 @contextlib.contextmanager
@@ -99,7 +97,7 @@ def _private(stack: contextlib.ExitStack) -> str | None:
     )
     if made.returncode != 0:
         return None
-    port = _free_port()
+    port = free_port()
     options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
     server = subprocess.Popen(
         [binaries / "postgres", "-D", data, "-p", str(port), *(f"-c{k}={v}" for k, v in options.items())],
@@ -112,30 +110,18 @@ def _private(stack: contextlib.ExitStack) -> str | None:
     )
     stack.callback(server.wait)
     stack.callback(server.send_signal, signal.SIGINT)  # a fast shutdown: it waits for no client
-    return _wait_for(_conninfo(port, "postgres"))
+    return wait_for(_conninfo(port, "postgres"), _answers)
 
 
 def _installed(stack: contextlib.ExitStack) -> str | None:
-    if os.getuid() != 0 or shutil.which("apt-get") is None:
-        return None
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-qq", "-y", "postgresql"]):
-        if subprocess.run(command, capture_output=True, env=environment, check=False).returncode != 0:
-            return None
-    return _private(stack)
+    return _private(stack) if install_debian_package("postgresql") else None
 
 
 def _container(stack: contextlib.ExitStack) -> str | None:
-    if shutil.which("docker") is None:
-        return None
-    port = _free_port()
-    name = f"orthokv-test-{uuid.uuid4().hex[:12]}"
-    command = ["docker", "run", "-d", "--rm", "--name", name, "-p", f"127.0.0.1:{port}:5432"]
-    command += ["-e", "POSTGRES_HOST_AUTH_METHOD=trust", "postgres:17-alpine", "-c", "fsync=off"]
-    if subprocess.run(command, capture_output=True, check=False).returncode != 0:
-        return None
-    stack.callback(subprocess.run, ["docker", "stop", "-t", "1", name], capture_output=True, check=False)
-    return _wait_for(_conninfo(port, "postgres"))
+    options = ["-e", "POSTGRES_HOST_AUTH_METHOD=trust"]
+    arguments = ["-c", "fsync=off"]
+    port = start_container(stack, "postgres:17-alpine", 5432, options=options, arguments=arguments)
+    return None if port is None else wait_for(_conninfo(port, "postgres"), _answers)
 
 
 def _binaries() -> Path | None:
@@ -171,19 +157,3 @@ def _answers(url: str) -> bool:
             return row is not None and bool(row[0])
     except psycopg.Error:
         return False
-
-
-def _wait_for(url: str) -> str | None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if _answers(url):
-            return url
-        time.sleep(0.1)
-    return None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

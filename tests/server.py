@@ -39,6 +39,9 @@ class Server:
     ) -> None:
         self.stop()
 
+    def _command(self) -> list[str]:
+        return [_SERVE, "--data", str(self.data)]
+
     @property
     def process(self) -> subprocess.Popen[str]:
         assert self._process is not None, "start the server first"
@@ -48,7 +51,7 @@ class Server:
         """Start and wait for the announcement of the URL."""
         with self._log.open("a") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _SERVE, "--data", str(self.data), "--port", "0"],
+                [sys.executable, "-c", *self._command(), "--port", "0"],
                 env=self._environment,
                 stdout=subprocess.PIPE,
                 stderr=log,

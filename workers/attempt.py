@@ -164,10 +164,12 @@ class Attempt:
             return
         if lease.step is not StepName.FIT:
             raise ProtocolError("only a fit step makes layers")
+        # Asked before the commit: a stop that comes during it waits for the layer that is being fitted by then.
+        draining = self._draining
         self._database.write(commit_layer, lease, produced)
         self._log.info("layer.committed", layer=message.layer)
         path.unlink()
-        if self._draining:
+        if draining:
             self._heartbeat.stop(Stop.DRAINED)
 
     def _show(self, message: Progress) -> None:

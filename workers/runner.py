@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -135,6 +135,10 @@ class Job:
         )
         return parts[0] if len(parts) == 1 else TextMixture(parts)
 
+    def shown(self) -> str:
+        """The texts by the names of their owner, for checkpoints and cards."""
+        return " + ".join(part.get("shown") or part["source"] for part in self.request["dataset"])
+
     def budget(self) -> Budget:
         return Budget(self.request["budget"]["metric"], self.request["budget"]["value"])
 
@@ -174,6 +178,8 @@ def calibrate(job: Job) -> dict[str, Any]:
     written = any(part.resolved_format() == "self" for part in parts)
     model = load(source, job.device) if written else None
     blocks = prepare_blocks(source, text, job.settings, model, job.wire.progress)
+    if any(part.get("shown") for part in job.request["dataset"]):
+        blocks = replace(blocks, source=job.shown())
     path = job.workdir / "blocks.safetensors"
     blocks.save(path)
     job.wire.file(path)

@@ -1,6 +1,6 @@
 """The claim loop of a worker: claim a step, run it in a child process, again.
 
-Start it with `python -m workers.supervisor`; settings come from the environment. The database alone decides
+Start it with `orthokv worker` or `python -m workers.supervisor`; settings come from the environment. The database alone decides
 what runs: the loop may be killed at any point and loses at most the layer in hand. SIGTERM drains: the layer
 in hand is finished if time allows, the lease is released, and the step waits for the next worker at no cost.
 """
@@ -11,19 +11,25 @@ import os
 import shutil
 import signal
 import socket
+import threading
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.database import SyncDatabase
-from app.jobs.dispatch import WakeListener
+from app.jobs import repository
+from app.jobs.dispatch import Dispatcher, WakeListener, make_dispatcher
 from app.jobs.lease import Lease, RetryPolicy, claim
 from app.jobs.reaper import return_lost
 from app.logs import configure
 from app.settings import Settings
-from app.storage import Storage
+from app.storage import open_storage
 from workers.attempt import Attempt
+
+if TYPE_CHECKING:
+    from workers.celery_app import HintListener
 
 log = structlog.get_logger(__name__)
 
@@ -36,26 +42,49 @@ class Supervisor:
         self._name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
         self._work_dir = settings.work_dir / self._name
         self._database = SyncDatabase(settings.resolved_database_url)
-        self._storage = Storage(settings.resolved_storage_url)
+        self._storage = open_storage(settings)
         self._wake = WakeListener(settings.wake_file)
         self._stopping = False
+        self._idle = threading.Event()
         self._attempt: Attempt | None = None
+        self._listener = self._make_listener()
+        # Passes hints on: one hint wakes one worker, and a job may have work for many.
+        self._relay: Dispatcher | None = make_dispatcher(settings) if settings.broker_url else None
 
     def run(self) -> None:
         """Work until `stop`; then `close`."""
         self._take_back_own_leases()
-        log.info("worker.started", worker=self._name)
+        log.info("worker.started", worker=self._name, gpu_classes=self._settings.gpu_classes)
+        if self._listener is not None:
+            self._listener.start()
         while not self._stopping:
             lease = self._claim()
             if lease is None:
+                self._idle.set()
                 if not self._stopping:
                     self._wake.wait(self._settings.idle_poll_seconds)
                 continue
+            self._idle.clear()
+            self._pass_hint_on()
             self._run(lease)
+        self._idle.set()
         log.info("worker.stopped", worker=self._name)
+
+    def look(self) -> None:
+        """Look for work now, and return when there is none left: what a hint makes another thread do."""
+        if self._stopping:
+            return
+        self._idle.clear()
+        self._wake.wake()
+        self._idle.wait()
 
     def close(self) -> None:
         """Give back what the supervisor holds open. Nobody may call `stop` any more."""
+        self._idle.set()
+        if self._listener is not None:
+            self._listener.stop()
+        if self._relay is not None:
+            self._relay.close()
         self._wake.close()
         self._database.close()
 
@@ -77,10 +106,38 @@ class Supervisor:
 
     def _claim(self) -> Lease | None:
         try:
-            return self._database.write(claim, owner=self._name, lease_seconds=self._settings.lease_seconds)
+            return self._database.write(
+                claim,
+                owner=self._name,
+                lease_seconds=self._settings.lease_seconds,
+                gpu_classes=self._settings.gpu_classes,
+                max_running_steps=self._settings.max_running_steps,
+            )
         except SQLAlchemyError as error:
             log.warning("claim.failed", error=str(error).partition("\n")[0])
             return None
+
+    def _pass_hint_on(self) -> None:
+        if self._relay is None:
+            return
+        try:
+            waiting = self._database.read(repository.count_waiting)
+        except SQLAlchemyError:
+            return  # the others find the work by themselves
+        for gpu_class in waiting:
+            self._relay.hint(gpu_class)
+
+    def _make_listener(self) -> HintListener | None:
+        if not self._settings.broker_url:
+            return None
+        from workers.celery_app import HintListener  # Celery is installed only where there is a broker
+
+        return HintListener(
+            self._settings.broker_url,
+            name=self._name,
+            gpu_classes=self._settings.gpu_classes,
+            work=self.look,
+        )
 
     def _run(self, lease: Lease) -> None:
         self._attempt = Attempt(
@@ -103,8 +160,13 @@ class Supervisor:
 
 
 def main() -> None:
+    run(Settings())
+
+
+def run(settings: Settings) -> None:
+    """Work until SIGTERM or SIGINT."""
     configure()
-    supervisor = Supervisor(Settings())
+    supervisor = Supervisor(settings)
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         supervisor.stop()

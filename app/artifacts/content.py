@@ -14,7 +14,7 @@ from app.artifacts.schemas import Artifact
 from app.artifacts.service import content_headers, etag
 from app.errors import Code, Problem
 from app.etags import matches
-from app.storage import Storage
+from app.storage import Storage, StorageError
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +28,9 @@ class _Conditions:
     if_range: str | None
     if_none_match: str | None
 
+    def wants_bytes(self, artifact: Artifact) -> bool:
+        return self.method == "GET" and not matches(self.if_none_match, etag(artifact))
+
 
 def _conditions(
     request: Request,
@@ -39,6 +42,18 @@ def _conditions(
 
 
 Conditions = Annotated[_Conditions, Depends(_conditions)]
+
+
+async def elsewhere(storage: Storage, object_key: str, *, seconds: float) -> Response:
+    """307 to the object store. The URL is a secret: nobody may keep it or pass it on as a referrer."""
+    try:
+        url = await storage.sign(object_key, seconds=seconds)
+    except StorageError as error:
+        raise Problem(Code.UNAVAILABLE, "The object store cannot sign a URL.") from error
+    return Response(
+        status_code=307,
+        headers={"Location": url, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"},
+    )
 
 
 async def content(
@@ -61,7 +76,11 @@ async def content(
             headers={"Content-Range": f"bytes */{artifact.bytes}"},
         ) from error
     # Before any header goes out: an answer that breaks off says nothing.
-    if await storage.size(object_key) != artifact.bytes:
+    try:
+        size = await storage.size(object_key)
+    except StorageError as error:
+        raise Problem(Code.UNAVAILABLE, "The object store does not answer; try again.") from error
+    if size != artifact.bytes:
         log.error("artifact.damaged", artifact=artifact.id, object_key=object_key)
         raise Problem(
             Code.INTERNAL,

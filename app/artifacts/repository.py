@@ -11,8 +11,9 @@ from app.artifacts.models import Artifact
 from app.jobs.models import Step
 
 
-def get_artifact(session: Session, artifact_id: str) -> Artifact | None:
-    return session.get(Artifact, artifact_id)
+def find_artifact(session: Session, artifact_id: str, *, project_id: str) -> Artifact | None:
+    statement = select(Artifact).where(Artifact.id == artifact_id, Artifact.project_id == project_id)
+    return session.execute(statement).scalar_one_or_none()
 
 
 def files_of_job(session: Session, job_id: str, *steps: str) -> dict[str, Artifact]:

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Path
 from fastapi.responses import Response
 
 from app.artifacts import service
-from app.artifacts.content import Conditions, content
+from app.artifacts.content import Conditions, content, elsewhere
 from app.artifacts.schemas import Artifact
-from app.dependencies import Db, Store
-from app.errors import Code, documented
+from app.auth.dependency import ArtifactsRead, guarded
+from app.dependencies import Config, Db, Store
+from app.errors import Code
 from app.ids import id_pattern
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
@@ -22,13 +23,14 @@ _CONTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {"description": "The whole file.", "content": _BYTES},
     206: {"description": "The range that was asked for.", "content": _BYTES},
     304: {"description": "Not modified: files never are."},
-    **documented(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE),
+    307: {"description": "The bytes are at `Location`, for a short time: a signed URL of the object store."},
+    **guarded(Code.NOT_FOUND, Code.RANGE_NOT_SATISFIABLE, Code.UNAVAILABLE),
 }
 
 
-@router.get("/{artifact_id}", operation_id="artifacts.get", responses=documented(Code.NOT_FOUND))
-async def get(artifact_id: ArtifactId, db: Db) -> Artifact:
-    return await db.read(service.get, artifact_id=artifact_id)
+@router.get("/{artifact_id}", operation_id="artifacts.get", responses=guarded(Code.NOT_FOUND))
+async def get(artifact_id: ArtifactId, principal: ArtifactsRead, db: Db) -> Artifact:
+    return await db.read(service.get, artifact_id=artifact_id, principal=principal)
 
 
 @router.get(
@@ -37,9 +39,18 @@ async def get(artifact_id: ArtifactId, db: Db) -> Artifact:
     response_class=Response,
     responses=_CONTENT_RESPONSES,
 )
-async def get_content(artifact_id: ArtifactId, db: Db, store: Store, conditions: Conditions) -> Response:
+async def get_content(
+    artifact_id: ArtifactId,
+    principal: ArtifactsRead,
+    db: Db,
+    store: Store,
+    settings: Config,
+    conditions: Conditions,
+) -> Response:
     """The bytes. `Repr-Digest` and the strong ETag are of the whole file, whatever part is sent."""
-    artifact, object_key = await db.read(service.locate, artifact_id=artifact_id)
+    artifact, object_key = await db.write(service.hand_out, artifact_id=artifact_id, principal=principal)
+    if settings.signed_download_seconds is not None and conditions.wants_bytes(artifact):
+        return await elsewhere(store, object_key, seconds=settings.signed_download_seconds)
     return await content(store, artifact, object_key, conditions)
 
 
@@ -47,8 +58,11 @@ async def get_content(artifact_id: ArtifactId, db: Db, store: Store, conditions:
     "/{artifact_id}/content",
     operation_id="artifacts.head_content",
     response_class=Response,
-    responses={200: {"description": "The headers of the file."}, **documented(Code.NOT_FOUND)},
+    responses={200: {"description": "The headers of the file."}, **guarded(Code.NOT_FOUND)},
 )
-async def head_content(artifact_id: ArtifactId, db: Db, store: Store, conditions: Conditions) -> Response:
+async def head_content(
+    artifact_id: ArtifactId, principal: ArtifactsRead, db: Db, store: Store, conditions: Conditions
+) -> Response:
     """The headers alone: size, digest, type."""
-    return await get_content(artifact_id, db, store, conditions)
+    artifact, object_key = await db.read(service.locate, artifact_id=artifact_id, principal=principal)
+    return await content(store, artifact, object_key, conditions)

@@ -10,17 +10,26 @@ from sqlalchemy.orm import Session
 from app.artifacts import repository
 from app.artifacts.models import Artifact as Row
 from app.artifacts.schemas import Artifact
+from app.audit.service import record
+from app.auth.principal import Principal
 from app.errors import not_found
 
 
-def get(session: Session, *, artifact_id: str) -> Artifact:
-    return Artifact.of(_row(session, artifact_id))
+def get(session: Session, *, artifact_id: str, principal: Principal) -> Artifact:
+    return Artifact.of(_row(session, artifact_id, principal))
 
 
-def locate(session: Session, *, artifact_id: str) -> tuple[Artifact, str]:
+def locate(session: Session, *, artifact_id: str, principal: Principal) -> tuple[Artifact, str]:
     """An artifact and the key of its object."""
-    row = _row(session, artifact_id)
+    row = _row(session, artifact_id, principal)
     return Artifact.of(row), row.object_key
+
+
+def hand_out(session: Session, *, artifact_id: str, principal: Principal) -> tuple[Artifact, str]:
+    """As `locate`, for a download: it is noted."""
+    found = locate(session, artifact_id=artifact_id, principal=principal)
+    record(session, principal, "artifact.downloaded", artifact_id)
+    return found
 
 
 def content_headers(artifact: Artifact, *, inline: bool = False) -> dict[str, str]:
@@ -45,8 +54,8 @@ def etag(artifact: Artifact) -> str:
     return f'"sha256-{artifact.sha256}"'
 
 
-def _row(session: Session, artifact_id: str) -> Row:
-    row = repository.get_artifact(session, artifact_id)
+def _row(session: Session, artifact_id: str, principal: Principal) -> Row:
+    row = repository.find_artifact(session, artifact_id, project_id=principal.project_id)
     if row is None:
         raise not_found("artifact")
     return row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ForeignKey, String
+from sqlalchemy import ForeignKey, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Base, Id, Json, UtcDateTime, now
@@ -15,8 +15,10 @@ class Checkpoint(Base):
     """A finished checkpoint: packed, loaded again and measured. It exists only once its job has succeeded."""
 
     __tablename__ = "checkpoint"
+    __table_args__ = (Index(None, "project_id", "id"),)
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("project.id"))
     job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), unique=True)
     profile_id: Mapped[str] = mapped_column(ForeignKey("profile.id"), index=True)
     form: Mapped[str] = mapped_column(String(16))

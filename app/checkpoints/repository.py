@@ -10,17 +10,18 @@ from app.checkpoints.models import Checkpoint, CheckpointFile
 from app.pagination import Cursor, cut
 
 
-def get_checkpoint(session: Session, checkpoint_id: str) -> Checkpoint | None:
-    return session.get(Checkpoint, checkpoint_id)
+def find_checkpoint(session: Session, checkpoint_id: str, *, project_id: str) -> Checkpoint | None:
+    statement = select(Checkpoint).where(Checkpoint.id == checkpoint_id, Checkpoint.project_id == project_id)
+    return session.execute(statement).scalar_one_or_none()
 
 
 def list_checkpoints(
-    session: Session, cursor: Cursor, *, profile_id: str | None = None
+    session: Session, cursor: Cursor, *, project_id: str, profile_id: str | None = None
 ) -> tuple[list[Checkpoint], bool]:
     statement = select(Checkpoint)
     if profile_id is not None:
         statement = statement.where(Checkpoint.profile_id == profile_id)
-    return cut(session, statement, Checkpoint.id, cursor)
+    return cut(session, statement, Checkpoint.id, cursor, within=Checkpoint.project_id == project_id)
 
 
 def manifest(session: Session, checkpoint_id: str) -> list[Artifact]:

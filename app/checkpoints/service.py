@@ -5,26 +5,31 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.artifacts.schemas import Artifact
+from app.auth.principal import Principal
 from app.checkpoints import repository
 from app.checkpoints.schemas import Checkpoint, Manifest
 from app.errors import not_found
 from app.pagination import Cursor, Page, page
 
 
-def get(session: Session, *, checkpoint_id: str) -> Checkpoint:
-    row = repository.get_checkpoint(session, checkpoint_id)
+def get(session: Session, *, checkpoint_id: str, principal: Principal) -> Checkpoint:
+    row = repository.find_checkpoint(session, checkpoint_id, project_id=principal.project_id)
     if row is None:
         raise not_found("checkpoint")
     return Checkpoint.of(row)
 
 
-def list_page(session: Session, *, cursor: Cursor, profile_id: str | None) -> Page[Checkpoint]:
-    rows, has_more = repository.list_checkpoints(session, cursor, profile_id=profile_id)
+def list_page(
+    session: Session, *, cursor: Cursor, profile_id: str | None, principal: Principal
+) -> Page[Checkpoint]:
+    rows, has_more = repository.list_checkpoints(
+        session, cursor, project_id=principal.project_id, profile_id=profile_id
+    )
     data = [Checkpoint.of(row) for row in rows]
     return page(data, has_more)
 
 
-def manifest(session: Session, *, checkpoint_id: str) -> Manifest:
-    get(session, checkpoint_id=checkpoint_id)
+def manifest(session: Session, *, checkpoint_id: str, principal: Principal) -> Manifest:
+    get(session, checkpoint_id=checkpoint_id, principal=principal)
     data = [Artifact.of(row) for row in repository.manifest(session, checkpoint_id)]
     return Manifest(data=data, bytes=sum(artifact.bytes for artifact in data))

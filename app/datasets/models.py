@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, String
+from sqlalchemy import BigInteger, ForeignKey, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Base, Id, UtcDateTime, now
@@ -14,8 +14,10 @@ class Dataset(Base):
     """Calibration text. `object_key` is set by the upload, `completed_at` by the client's confirmation."""
 
     __tablename__ = "dataset"
+    __table_args__ = (Index(None, "project_id", "id"),)
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("project.id"))
     filename: Mapped[str] = mapped_column(String(255))
     format: Mapped[str] = mapped_column(String(16))
     object_key: Mapped[str | None] = mapped_column(String(512), unique=True)

@@ -12,16 +12,22 @@ from app.pagination import Cursor, cut
 
 
 def get_dataset(session: Session, dataset_id: str) -> Dataset | None:
+    """A dataset of any project: for workers."""
     return session.get(Dataset, dataset_id)
 
 
-def lock_dataset(session: Session, dataset_id: str) -> Dataset | None:
-    statement = select(Dataset).where(Dataset.id == dataset_id).with_for_update()
+def find_dataset(session: Session, dataset_id: str, *, project_id: str) -> Dataset | None:
+    statement = select(Dataset).where(Dataset.id == dataset_id, Dataset.project_id == project_id)
     return session.execute(statement).scalar_one_or_none()
 
 
-def list_datasets(session: Session, cursor: Cursor) -> tuple[list[Dataset], bool]:
-    return cut(session, select(Dataset), Dataset.id, cursor)
+def lock_dataset(session: Session, dataset_id: str, *, project_id: str) -> Dataset | None:
+    statement = select(Dataset).where(Dataset.id == dataset_id, Dataset.project_id == project_id)
+    return session.execute(statement.with_for_update()).scalar_one_or_none()
+
+
+def list_datasets(session: Session, cursor: Cursor, *, project_id: str) -> tuple[list[Dataset], bool]:
+    return cut(session, select(Dataset), Dataset.id, cursor, within=Dataset.project_id == project_id)
 
 
 def known_keys(session: Session, keys: Iterable[str]) -> set[str]:

@@ -7,10 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse
 
-from app.datasets import service
+from app.auth.dependency import DatasetsRead, DatasetsWrite, guarded
+from app.datasets import service, uploads
 from app.datasets.schemas import Dataset, DatasetComplete, DatasetCreate
 from app.dependencies import Config, Db, PageCursor, Store
-from app.errors import Code, documented
+from app.errors import Code
 from app.idempotency.dependency import CREATION_CODES, Once
 from app.ids import id_pattern
 from app.pagination import Page
@@ -34,50 +35,70 @@ _RAW_BODY = {
     status_code=201,
     response_model=Dataset,
     operation_id="datasets.create",
-    responses=documented(*CREATION_CODES),
+    responses=guarded(*CREATION_CODES),
 )
-async def create(body: DatasetCreate, once: Once, settings: Config) -> JSONResponse:
+async def create(body: DatasetCreate, principal: DatasetsWrite, once: Once, settings: Config) -> JSONResponse:
     """Announce a dataset; the answer says where to PUT the bytes."""
     return await once.run(
         body,
-        lambda session: service.create(session, body=body, settings=settings),
+        lambda session: service.create(session, body=body, principal=principal, settings=settings),
+        principal=principal,
         status_code=201,
         collection="/v1/datasets",
     )
 
 
-@router.get("", operation_id="datasets.list", responses=documented(Code.INVALID_CURSOR))
-async def list_page(db: Db, cursor: PageCursor, settings: Config) -> Page[Dataset]:
-    return await db.read(service.list_page, cursor=cursor, settings=settings)
+@router.get("", operation_id="datasets.list", responses=guarded(Code.INVALID_CURSOR))
+async def list_page(principal: DatasetsRead, db: Db, cursor: PageCursor, settings: Config) -> Page[Dataset]:
+    return await db.read(service.list_page, cursor=cursor, principal=principal, settings=settings)
 
 
-@router.get("/{dataset_id}", operation_id="datasets.get", responses=documented(Code.NOT_FOUND))
-async def get(dataset_id: DatasetId, db: Db, settings: Config) -> Dataset:
-    return await db.read(service.get, dataset_id=dataset_id, settings=settings)
+@router.get("/{dataset_id}", operation_id="datasets.get", responses=guarded(Code.NOT_FOUND))
+async def get(dataset_id: DatasetId, principal: DatasetsRead, db: Db, settings: Config) -> Dataset:
+    return await db.read(service.get, dataset_id=dataset_id, principal=principal, settings=settings)
 
 
 @upload_router.put(
     "/{dataset_id}/content",
     operation_id="datasets.upload",
     openapi_extra=_RAW_BODY,
-    responses=documented(
+    responses=guarded(
         Code.BAD_REQUEST,
         Code.FOREIGN_ORIGIN,
+        Code.QUOTA_EXCEEDED,
         Code.NOT_FOUND,
         Code.CONFLICT,
         Code.BODY_TOO_LARGE,
+        Code.UNSUPPORTED_MEDIA_TYPE,
+        Code.DIGEST_MISMATCH,
         Code.STORAGE_ERROR,
     ),
 )
-async def upload(dataset_id: DatasetId, request: Request, db: Db, store: Store, settings: Config) -> Dataset:
-    """Send the raw bytes. Nothing is parsed here; a repeated upload replaces the one before."""
-    return await service.upload(db, store, dataset_id=dataset_id, chunks=request.stream(), settings=settings)
+async def upload(
+    dataset_id: DatasetId,
+    request: Request,
+    principal: DatasetsWrite,
+    db: Db,
+    store: Store,
+    settings: Config,
+) -> Dataset:
+    """Send the raw bytes, all of them. A repeated upload replaces the one before; a `Content-Digest` or `Repr-Digest` is
+    checked before that."""
+    expected = uploads.expected_digest(request.headers)
+    return await service.upload(
+        db,
+        store,
+        dataset_id=dataset_id,
+        chunks=uploads.checked(request.stream(), expected),
+        principal=principal,
+        settings=settings,
+    )
 
 
 @router.post(
     "/{dataset_id}/complete",
     operation_id="datasets.complete",
-    responses=documented(
+    responses=guarded(
         Code.FOREIGN_ORIGIN,
         Code.NOT_FOUND,
         Code.CONFLICT,
@@ -86,6 +107,10 @@ async def upload(dataset_id: DatasetId, request: Request, db: Db, store: Store, 
         Code.UNSUPPORTED_MEDIA_TYPE,
     ),
 )
-async def complete(dataset_id: DatasetId, body: DatasetComplete, db: Db, settings: Config) -> Dataset:
+async def complete(
+    dataset_id: DatasetId, body: DatasetComplete, principal: DatasetsWrite, db: Db, settings: Config
+) -> Dataset:
     """Confirm the upload by its SHA-256; the dataset is immutable from here on."""
-    return await db.write(service.complete, dataset_id=dataset_id, body=body, settings=settings)
+    return await db.write(
+        service.complete, dataset_id=dataset_id, body=body, principal=principal, settings=settings
+    )

@@ -8,8 +8,10 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse
 
+from app.accept import prefers
+from app.auth.dependency import JobsRead, guarded
 from app.dependencies import Config, Db
-from app.errors import Code, Problem, documented
+from app.errors import Code, Problem
 from app.events import service
 from app.events.schemas import EventPage
 from app.jobs.routes import JobId
@@ -51,12 +53,14 @@ class StreamSlots:
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
         },
         204: {"description": "The stream has ended: the job is over and all its events have been seen."},
-        **documented(Code.NOT_FOUND),
+        **guarded(Code.NOT_FOUND),
     },
 )
 async def events(
     request: Request,
+    response: Response,
     job_id: JobId,
+    principal: JobsRead,
     db: Db,
     settings: Config,
     after: Annotated[
@@ -72,14 +76,23 @@ async def events(
     """What happened to a job, in order and without gaps."""
     if last_event_id is not None:
         after = last_event_id
-    if "text/event-stream" not in accept.lower():
-        return await db.read(service.page, job_id=job_id, after=after, limit=limit)
+    response.headers["Vary"] = "Accept"
+    if not prefers(accept, "text/event-stream"):
+        return await db.read(service.page, job_id=job_id, principal=principal, after=after, limit=limit)
     slots: StreamSlots = request.app.state.streams
     slots.require_free()
-    first = await db.read(service.next_batch, job_id=job_id, after=after)
+    first = await db.read(service.next_batch, job_id=job_id, principal=principal, after=after)
     if first.last and not first.events:
         return Response(status_code=204)  # tells an EventSource not to come back
-    chunks = service.stream(db, job_id=job_id, first=first, after=after, poll_seconds=settings.poll_seconds)
+    chunks = service.stream(
+        db,
+        job_id=job_id,
+        principal=principal,
+        first=first,
+        after=after,
+        poll_seconds=settings.poll_seconds,
+        max_seconds=settings.max_stream_seconds,
+    )
     return EventSourceResponse(
-        slots.use(chunks), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        slots.use(chunks), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
     )

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from sqlalchemy.orm import Session
 
+from app.auth.principal import Principal
 from app.database import Database
 from app.errors import not_found
 from app.events import repository
 from app.events.schemas import Event, EventPage
-from app.jobs.repository import get_version
+from app.jobs.repository import find_version
 from app.jobs.vocabulary import TERMINAL
 
 _BATCH = 100
@@ -31,14 +32,16 @@ class Batch:
     last: bool
 
 
-def page(session: Session, *, job_id: str, after: int, limit: int) -> EventPage:
-    batch = next_batch(session, job_id=job_id, after=after, limit=limit + 1)
+def page(session: Session, *, job_id: str, principal: Principal, after: int, limit: int) -> EventPage:
+    batch = next_batch(session, job_id=job_id, principal=principal, after=after, limit=limit + 1)
     data = batch.events[:limit]
     return EventPage(data=data, last_seq=data[-1].seq if data else after, has_more=len(batch.events) > limit)
 
 
-def next_batch(session: Session, *, job_id: str, after: int, limit: int = _BATCH) -> Batch:
-    version = get_version(session, job_id)
+def next_batch(
+    session: Session, *, job_id: str, principal: Principal, after: int, limit: int = _BATCH
+) -> Batch:
+    version = find_version(session, job_id, project_id=principal.project_id)
     if version is None:
         raise not_found("job")
     events = [
@@ -49,13 +52,22 @@ def next_batch(session: Session, *, job_id: str, after: int, limit: int = _BATCH
 
 
 async def stream(
-    database: Database, *, job_id: str, first: Batch, after: int, poll_seconds: float
+    database: Database,
+    *,
+    job_id: str,
+    principal: Principal,
+    first: Batch,
+    after: int,
+    poll_seconds: float,
+    max_seconds: float,
 ) -> AsyncIterator[bytes]:
-    """Events in the wire format of server-sent events, until the job has ended.
+    """Events in the wire format of server-sent events, until the job has ended or the time is up.
 
+    A stream outlives the key that opened it by `max_seconds` at most: its client has to come back with one.
     Every look at the database is a transaction of its own: a waiting stream holds no connection.
     """
     batch, spoke_at = first, time.monotonic()
+    deadline = spoke_at + max_seconds
     while True:
         for event in batch.events:
             after = event.seq
@@ -64,11 +76,11 @@ async def stream(
             yield format_sse_event(
                 data_str=data, event=event.type, id=str(event.seq), retry=_RETRY_MILLISECONDS
             )
-        if batch.last:
+        if batch.last or time.monotonic() >= deadline:
             return
         if time.monotonic() - spoke_at > _KEEPALIVE_SECONDS:
             spoke_at = time.monotonic()
             yield KEEPALIVE_COMMENT
         if len(batch.events) < _BATCH:
             await asyncio.sleep(poll_seconds)
-        batch = await database.read(next_batch, job_id=job_id, after=after)
+        batch = await database.read(next_batch, job_id=job_id, principal=principal, after=after)

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
+from app.auth.principal import Principal
 from app.dependencies import Config, Db
 from app.errors import Code
 from app.idempotency.service import Answer, once
@@ -47,7 +48,13 @@ class Creation:
         self._keep_hours = settings.idempotency_hours
 
     async def run(
-        self, body: BaseModel, make: Callable[[Session], Created], *, status_code: int, collection: str
+        self,
+        body: BaseModel,
+        make: Callable[[Session], Created],
+        *,
+        principal: Principal,
+        status_code: int,
+        collection: str,
     ) -> JSONResponse:
         """Answer with what `make` makes, found under `collection`."""
 
@@ -58,6 +65,7 @@ class Creation:
 
             return once(
                 session,
+                project_id=principal.project_id,
                 key=self._key,
                 path=self._path,
                 body=body,

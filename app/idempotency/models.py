@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Integer, String
+from sqlalchemy import ForeignKey, Integer, String
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Base, Json, UtcDateTime, now
@@ -16,6 +16,7 @@ class IdempotencyKey(Base):
 
     __tablename__ = "idempotency_key"
 
+    project_id: Mapped[str] = mapped_column(ForeignKey("project.id"), primary_key=True)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     fingerprint: Mapped[str] = mapped_column(String(64))
     status_code: Mapped[int | None] = mapped_column(Integer)

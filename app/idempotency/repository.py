@@ -10,23 +10,33 @@ from app.database import now
 from app.idempotency.models import IdempotencyKey
 
 
-def reserve(session: Session, *, key: str, fingerprint: str, keep_seconds: float) -> bool:
+def reserve(session: Session, *, project_id: str, key: str, fingerprint: str, keep_seconds: float) -> bool:
     """Take a key; False when it is taken. Waits for a transaction that is just taking the same key."""
     session.execute(
-        delete(IdempotencyKey).where(IdempotencyKey.key == key, IdempotencyKey.expires_at <= now())
+        delete(IdempotencyKey).where(
+            IdempotencyKey.project_id == project_id,
+            IdempotencyKey.key == key,
+            IdempotencyKey.expires_at <= now(),
+        )
     )
     insert = postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
     statement = (
         insert(IdempotencyKey)
-        .values(key=key, fingerprint=fingerprint, created_at=now(), expires_at=now(keep_seconds))
+        .values(
+            project_id=project_id,
+            key=key,
+            fingerprint=fingerprint,
+            created_at=now(),
+            expires_at=now(keep_seconds),
+        )
         .on_conflict_do_nothing()
         .returning(IdempotencyKey.key)
     )
     return session.execute(statement).scalar_one_or_none() is not None
 
 
-def get(session: Session, key: str) -> IdempotencyKey:
-    return session.get_one(IdempotencyKey, key)
+def get(session: Session, *, project_id: str, key: str) -> IdempotencyKey:
+    return session.get_one(IdempotencyKey, (project_id, key))
 
 
 def delete_expired(session: Session) -> int:

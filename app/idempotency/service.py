@@ -38,13 +38,14 @@ class Answer:
 def once(
     session: Session,
     *,
+    project_id: str,
     key: str | None,
     path: str,
     body: BaseModel,
     keep_hours: float,
     create: Callable[[], Answer],
 ) -> Answer:
-    """`create()`, or what it answered the first time that this key came with this path and body.
+    """`create()`, or what it answered the first time that this project sent this key with this path and body.
 
     The key's row is written in the transaction of the resource: it exists if and only if the resource does,
     and a second request with the key waits for the first one's transaction.
@@ -57,8 +58,11 @@ def once(
         )
     canonical = json.dumps([path, body.model_dump(mode="json")], sort_keys=True, separators=(",", ":"))
     fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
-    if not repository.reserve(session, key=key, fingerprint=fingerprint, keep_seconds=keep_hours * 3600):
-        row = repository.get(session, key)
+    keep_seconds = keep_hours * 3600
+    if not repository.reserve(
+        session, project_id=project_id, key=key, fingerprint=fingerprint, keep_seconds=keep_seconds
+    ):
+        row = repository.get(session, project_id=project_id, key=key)
         if row.fingerprint != fingerprint:
             raise Problem(Code.IDEMPOTENCY_KEY_REUSED, "This idempotency key belongs to another request.")
         assert row.status_code is not None, "a key is committed with its answer"
@@ -66,6 +70,6 @@ def once(
         assert row.location is not None
         return Answer(row.status_code, row.body, row.location, replayed=True)
     created = create()
-    row = repository.get(session, key)
+    row = repository.get(session, project_id=project_id, key=key)
     row.status_code, row.body, row.location = created.status_code, created.body, created.location
     return created

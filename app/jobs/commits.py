@@ -59,7 +59,7 @@ def commit_layer(session: Session, lease: Lease, produced: Produced) -> None:
     job, step = hold(session, lease)
     if produced.layer is None or produced.layer not in (step.layers or []):
         raise IncompleteResult(f"layer {produced.layer} is not among the layers of this step")
-    artifact = _add_artifact(session, step, produced)
+    artifact = _add_artifact(session, job, step, produced)
     session.flush()
     session.add(
         Layer(
@@ -94,7 +94,7 @@ def finish_step(
     if job.status == JobStatus.CANCELLING:
         acknowledge_cancel(session, lease)
         return
-    artifacts = {produced.filename: _add_artifact(session, step, produced) for produced in files}
+    artifacts = {produced.filename: _add_artifact(session, job, step, produced) for produced in files}
     session.flush()
     match lease.step:
         case StepName.RESOLVE:
@@ -120,10 +120,11 @@ def finish_step(
         transition(session, job, JobStatus.SUCCEEDED, event="job.succeeded", data={"result": job.result})
 
 
-def _add_artifact(session: Session, step: Step, produced: Produced) -> Artifact:
+def _add_artifact(session: Session, job: Job, step: Step, produced: Produced) -> Artifact:
     artifact = Artifact(
         id=new_id("art"),
-        job_id=step.job_id,
+        project_id=job.project_id,
+        job_id=job.id,
         step_id=step.id,
         fence=step.fence,
         filename=produced.filename,
@@ -158,6 +159,7 @@ def _add_profile(session: Session, job: Job, artifacts: dict[str, Artifact], sum
     _owe(artifacts, "profile.json", "profile.safetensors", "profile.png")
     profile = Profile(
         id=new_id("prof"),
+        project_id=job.project_id,
         job_id=job.id,
         summary=summary,
         json_artifact_id=artifacts["profile.json"].id,
@@ -175,6 +177,7 @@ def _add_checkpoint(session: Session, job: Job, measured: dict[str, Any]) -> Non
     files = files_of_job(session, job.id, StepName.PACKAGE) | files_of_job(session, job.id, StepName.EVALUATE)
     checkpoint = Checkpoint(
         id=new_id("ckpt"),
+        project_id=job.project_id,
         job_id=job.id,
         profile_id=profile_id,
         form=job.spec["form"],

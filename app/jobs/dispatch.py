@@ -11,12 +11,26 @@ import select
 from pathlib import Path
 from typing import Protocol
 
+from app.settings import DEFAULT_GPU_CLASS, Settings
+
 
 class Dispatcher(Protocol):
     """Where hints go. The claim does not depend on them."""
 
-    def hint(self) -> None:
-        """Wake a worker if one is listening. Never raises, never blocks."""
+    def hint(self, gpu_class: str = DEFAULT_GPU_CLASS) -> None:
+        """Wake a worker of this class if one is listening. Never raises, never blocks."""
+
+    def close(self) -> None:
+        """Send what is still to be sent, within bounded time."""
+
+
+def make_dispatcher(settings: Settings) -> Dispatcher:
+    """Hints through the broker, or without one through the data folder."""
+    if not settings.broker_url:
+        return LocalDispatcher(settings.wake_file)
+    from app.jobs.broker import CeleryDispatcher  # its library is installed only where there is a broker
+
+    return CeleryDispatcher(settings.broker_url)
 
 
 class LocalDispatcher:
@@ -25,7 +39,7 @@ class LocalDispatcher:
     def __init__(self, wake_file: Path) -> None:
         self._wake_file = wake_file
 
-    def hint(self) -> None:
+    def hint(self, gpu_class: str = DEFAULT_GPU_CLASS) -> None:
         try:
             descriptor = os.open(self._wake_file, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
@@ -36,6 +50,9 @@ class LocalDispatcher:
                 os.write(descriptor, b"\n")
         finally:
             os.close(descriptor)
+
+    def close(self) -> None:
+        """Nothing is ever left to send."""
 
 
 class WakeListener:

@@ -8,6 +8,7 @@ writes nothing.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from app.jobs import repository
 from app.jobs.models import Job, Step
 from app.jobs.states import move_step, record, transition
 from app.jobs.vocabulary import JobErrorCode, JobStatus, StepName, StepStatus
+from app.settings import DEFAULT_GPU_CLASS
 
 
 class LeaseLost(Exception):
@@ -54,13 +56,34 @@ class RetryPolicy:
 WORKER_LOST = Failure(JobErrorCode.WORKER_LOST, "The worker died or lost its connection.", retryable=True)
 
 
-def claim(session: Session, *, owner: str, lease_seconds: float) -> Lease | None:
-    """Take the next ready step, or None when there is none."""
-    step = repository.claim_step(session, owner=owner, lease_seconds=lease_seconds)
-    if step is None:
-        return None
-    job = repository.lock_job(session, step.job_id)
-    assert job is not None, "a step's foreign key keeps its job"
+def claim(
+    session: Session,
+    *,
+    owner: str,
+    lease_seconds: float,
+    max_running_steps: int | None,
+    gpu_classes: Sequence[str] = (DEFAULT_GPU_CLASS,),
+) -> Lease | None:
+    """Take the next ready step of these classes, or None when there is none that its project may run now.
+
+    `max_running_steps` is the limit of projects that have none of their own; None: no limit.
+    """
+    with session.begin_nested() as attempt:
+        step = repository.claim_step(
+            session,
+            owner=owner,
+            lease_seconds=lease_seconds,
+            max_running_steps=max_running_steps,
+            gpu_classes=gpu_classes,
+        )
+        if step is None:
+            return None
+        job = repository.lock_job(session, step.job_id)
+        assert job is not None, "a step's foreign key keeps its job"
+        # The claim saw room, and so may have another at the same time: the later one gives way.
+        if repository.exceeds_running_limit(session, job.project_id, max_running_steps=max_running_steps):
+            attempt.rollback()
+            return None
     name = StepName(step.name)
     about = {"step": name, "ordinal": step.ordinal, "attempt": step.attempts, "worker": owner}
     if job.phase != name.phase:

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from app.database import Base, Id, Json, UtcDateTime, now
 from app.jobs.vocabulary import JobStatus, StepStatus
+from app.settings import DEFAULT_GPU_CLASS
 
 
 def _closed(column: str, values: type[JobStatus] | type[StepStatus]) -> CheckConstraint:
@@ -28,10 +29,13 @@ class Job(Base):
     __table_args__ = (
         _closed("status", JobStatus),
         Index(None, "status", "id"),
-        Index(None, "model_id", "id"),
+        Index(None, "project_id", "id"),
+        Index(None, "project_id", "status", "id"),
+        Index(None, "project_id", "model_id", "id"),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("project.id"))
     kind: Mapped[str] = mapped_column(String(16))
     status: Mapped[str] = mapped_column(String(16))
     phase: Mapped[str] = mapped_column(String(64))
@@ -39,6 +43,7 @@ class Job(Base):
     event_seq: Mapped[int] = mapped_column(Integer, default=0)
     attempt: Mapped[int] = mapped_column(Integer, default=1)
     priority: Mapped[int] = mapped_column(Integer, default=0)
+    gpu_class: Mapped[str] = mapped_column(String(32), server_default=DEFAULT_GPU_CLASS)
     model_id: Mapped[str] = mapped_column(String(1024))
     dataset_id: Mapped[str | None] = mapped_column(ForeignKey("dataset.id"))
     profile_id: Mapped[str | None] = mapped_column(ForeignKey("profile.id", use_alter=True))
@@ -66,9 +71,10 @@ class Step(Base):
     __table_args__ = (
         _closed("status", StepStatus),
         UniqueConstraint("job_id", "stage", "ordinal"),
-        # The claim walks exactly this order, over ready steps only.
+        # The claim of a worker of one class walks exactly this order, over ready steps only.
         Index(
             "ix_step_ready",
+            "gpu_class",
             "precedence",
             "job_id",
             "stage",
@@ -93,6 +99,8 @@ class Step(Base):
     status: Mapped[str] = mapped_column(String(16))
     precedence: Mapped[int] = mapped_column(Integer)
     """Smaller goes first: the job's priority, negated so that one ascending index serves the claim."""
+    gpu_class: Mapped[str] = mapped_column(String(32), server_default=DEFAULT_GPU_CLASS)
+    """The job's, so that one index serves the claim."""
     fence: Mapped[int] = mapped_column(Integer, default=0)
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     failures: Mapped[int] = mapped_column(Integer, default=0)

@@ -119,9 +119,9 @@ def end_stuck_cancels(session: Session, *, grace_seconds: float) -> int:
 def resend_hints(session: Session, dispatcher: Dispatcher, *, after_seconds: float) -> int:
     """Wake workers when ready steps have waited for too long."""
     waiting = repository.count_waiting(session, older_than_seconds=after_seconds)
-    if waiting:
-        dispatcher.hint()
-    return waiting
+    for gpu_class in waiting:
+        dispatcher.hint(gpu_class)
+    return sum(waiting.values())
 
 
 def forget_idempotency_keys(session: Session) -> int:

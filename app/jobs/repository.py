@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
-from sqlalchemy import func, select, update
+from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session, aliased
 
+from app.auth.models import Project
+from app.auth.repository import lock_project
 from app.database import now
 from app.jobs.models import Job, Layer, Step
 from app.jobs.vocabulary import JobStatus, StepStatus
@@ -14,7 +16,13 @@ from app.pagination import Cursor, cut
 
 
 def get_job(session: Session, job_id: str) -> Job | None:
+    """A job of any project: for workers."""
     return session.get(Job, job_id)
+
+
+def find_job(session: Session, job_id: str, *, project_id: str) -> Job | None:
+    statement = select(Job).where(Job.id == job_id, Job.project_id == project_id)
+    return session.execute(statement).scalar_one_or_none()
 
 
 def jobs_by_ids(session: Session, job_ids: Iterable[str]) -> dict[str, Job]:
@@ -23,24 +31,41 @@ def jobs_by_ids(session: Session, job_ids: Iterable[str]) -> dict[str, Job]:
 
 
 def get_version(session: Session, job_id: str) -> tuple[int, str] | None:
-    """Version and status alone: what a waiting client asks for again and again."""
+    """Version and status alone, of a job of any project: what a heartbeat asks for."""
     row = session.execute(select(Job.version, Job.status).where(Job.id == job_id)).one_or_none()
     return None if row is None else (row[0], row[1])
 
 
-def lock_job(session: Session, job_id: str) -> Job | None:
-    """The job, locked until the transaction ends.
+def find_version(session: Session, job_id: str, *, project_id: str) -> tuple[int, str] | None:
+    """Version and status alone: what a waiting client asks for again and again."""
+    statement = select(Job.version, Job.status).where(Job.id == job_id, Job.project_id == project_id)
+    row = session.execute(statement).one_or_none()
+    return None if row is None else (row[0], row[1])
 
-    Locks are taken job first, then step: never the other way.
+
+def lock_job(session: Session, job_id: str) -> Job | None:
+    """The job, of any project, locked until the transaction ends.
+
+    Locks are taken job first, then step, then project: never the other way.
     """
-    statement = select(Job).where(Job.id == job_id).with_for_update()
-    return session.execute(statement, execution_options={"populate_existing": True}).scalar_one_or_none()
+    return _locked(session, select(Job).where(Job.id == job_id))
+
+
+def find_locked_job(session: Session, job_id: str, *, project_id: str) -> Job | None:
+    """As `lock_job`, for a client."""
+    return _locked(session, select(Job).where(Job.id == job_id, Job.project_id == project_id))
+
+
+def _locked(session: Session, statement: Select[Job]) -> Job | None:
+    options = {"populate_existing": True}
+    return session.execute(statement.with_for_update(), execution_options=options).scalar_one_or_none()
 
 
 def list_jobs(
     session: Session,
     cursor: Cursor,
     *,
+    project_id: str,
     status: JobStatus | None = None,
     model: str | None = None,
     labels: Mapping[str, str] | None = None,
@@ -53,7 +78,7 @@ def list_jobs(
         statement = statement.where(Job.model_id == model)
     for key, value in (labels or {}).items():
         statement = statement.where(Job.labels[key].as_string() == value)
-    return cut(session, statement, Job.id, cursor)
+    return cut(session, statement, Job.id, cursor, within=Job.project_id == project_id)
 
 
 def steps_of(session: Session, job_ids: Iterable[str]) -> list[Step]:
@@ -69,8 +94,15 @@ def count_running(session: Session, job_id: str) -> int:
     return session.execute(statement).scalar_one()
 
 
-def claim_step(session: Session, *, owner: str, lease_seconds: float) -> Step | None:
-    """Take the first ready step in one statement and raise its fence.
+def claim_step(
+    session: Session,
+    *,
+    owner: str,
+    lease_seconds: float,
+    max_running_steps: int | None,
+    gpu_classes: Sequence[str],
+) -> Step | None:
+    """Take the first ready step of these classes in one statement and raise its fence.
 
     `SKIP LOCKED` on the step and on its job: claimers never wait for each other, nor for a commit of the same
     job, and with no waiting there is no deadlock with those who lock the job first.
@@ -81,8 +113,10 @@ def claim_step(session: Session, *, owner: str, lease_seconds: float) -> Step | 
         .join(Job, Job.id == ready.job_id)
         .where(
             ready.status == StepStatus.READY,
+            ready.gpu_class.in_(gpu_classes),
             ready.not_before <= now(),
             Job.status.in_((JobStatus.QUEUED, JobStatus.RUNNING)),
+            Job.project_id.not_in(_busy_projects(max_running_steps)),
         )
         .order_by(ready.precedence, ready.job_id, ready.stage, ready.ordinal)
         .limit(1)
@@ -104,6 +138,34 @@ def claim_step(session: Session, *, owner: str, lease_seconds: float) -> Step | 
         .returning(Step)
     )
     return session.execute(statement, execution_options={"synchronize_session": False}).scalar_one_or_none()
+
+
+def _busy_projects(max_running_steps: int | None) -> Select[str]:
+    """Projects whose limit of running steps is reached. Found once a claim: few steps run at a time."""
+    running, owner = aliased(Step), aliased(Job)
+    limit = func.coalesce(Project.max_running_steps, max_running_steps)
+    return (
+        select(Project.id)
+        .join(owner, owner.project_id == Project.id)
+        .join(running, running.job_id == owner.id)
+        .where(running.status == StepStatus.RUNNING)
+        .group_by(Project.id, Project.max_running_steps)
+        .having(func.count() >= limit)
+    )
+
+
+def exceeds_running_limit(session: Session, project_id: str, *, max_running_steps: int | None) -> bool:
+    """Whether a project runs more steps than it may, asked one claim at a time."""
+    own = select(Project.max_running_steps).where(Project.id == project_id)
+    limit = session.execute(own).scalar_one()
+    limit = max_running_steps if limit is None else limit
+    if limit is None:
+        return False
+    lock_project(session, project_id)
+    statement = select(func.count()).where(
+        Step.status == StepStatus.RUNNING, Step.job_id == Job.id, Job.project_id == project_id
+    )
+    return session.execute(statement).scalar_one() > limit
 
 
 def extend_lease(session: Session, *, step_id: str, fence: int, lease_seconds: float) -> bool:
@@ -150,12 +212,15 @@ def stuck_cancels(session: Session, *, grace_seconds: float) -> list[str]:
     return list(session.execute(statement).scalars())
 
 
-def count_waiting(session: Session, *, older_than_seconds: float) -> int:
-    """Ready steps that nobody has claimed for this long."""
-    statement = select(func.count()).where(
-        Step.status == StepStatus.READY, Step.not_before < now(-older_than_seconds)
+def count_waiting(session: Session, *, older_than_seconds: float = 0.0) -> dict[str, int]:
+    """Ready steps that nobody has claimed for this long, by GPU class."""
+    statement = (
+        select(Step.gpu_class, func.count())
+        .where(Step.status == StepStatus.READY, Step.not_before <= now(-older_than_seconds))
+        .group_by(Step.gpu_class)
+        .order_by(Step.gpu_class)
     )
-    return session.execute(statement).scalar_one()
+    return {row[0]: row[1] for row in session.execute(statement)}
 
 
 def live_fences(session: Session) -> set[tuple[str, int]]:

@@ -8,8 +8,9 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from app.auth.dependency import JobsRead, JobsWrite, guarded
 from app.dependencies import Config, Db, Hints, PageCursor
-from app.errors import Code, documented
+from app.errors import Code
 from app.etags import matches
 from app.idempotency.dependency import CREATION_CODES, Once
 from app.ids import id_pattern
@@ -45,18 +46,27 @@ _METADATA_DOCUMENT = {
     status_code=201,
     response_model=Job,
     operation_id="jobs.create",
-    responses=documented(*CREATION_CODES, Code.NOT_FOUND, Code.DATASET_NOT_READY, Code.LOCAL_MODELS_DISABLED),
+    responses=guarded(
+        *CREATION_CODES,
+        Code.NOT_FOUND,
+        Code.DATASET_NOT_READY,
+        Code.LOCAL_MODELS_DISABLED,
+        Code.QUOTA_EXCEEDED,
+        Code.QUEUE_FULL,
+    ),
 )
-async def create(body: JobCreate, once: Once, settings: Config, hints: Hints) -> JSONResponse:
+async def create(
+    body: JobCreate, principal: JobsWrite, once: Once, settings: Config, hints: Hints
+) -> JSONResponse:
     """Queue a job. Once this answers the job is safe; it runs when a worker is free."""
-    local = settings.allow_local_models
     response = await once.run(
         body,
-        lambda session: service.create(session, body=body, allow_local_models=local),
+        lambda session: service.create(session, body=body, principal=principal, settings=settings),
+        principal=principal,
         status_code=201,
         collection="/v1/jobs",
     )
-    hints.hint()
+    hints.hint(body.gpu_class)
     return response
 
 
@@ -64,10 +74,11 @@ async def create(body: JobCreate, once: Once, settings: Config, hints: Hints) ->
     "",
     operation_id="jobs.list",
     openapi_extra=_METADATA_DOCUMENT,
-    responses=documented(Code.INVALID_CURSOR),
+    responses=guarded(Code.INVALID_CURSOR),
 )
 async def list_page(
     request: Request,
+    principal: JobsRead,
     db: Db,
     cursor: PageCursor,
     status: JobStatus | None = None,
@@ -78,18 +89,21 @@ async def list_page(
         for name, value in request.query_params.items()
         if (match := _METADATA_PARAMETER.fullmatch(name))
     }
-    return await db.read(service.list_page, cursor=cursor, status=status, model=model, labels=labels)
+    return await db.read(
+        service.list_page, cursor=cursor, principal=principal, status=status, model=model, labels=labels
+    )
 
 
 @router.get(
     "/{job_id}",
     operation_id="jobs.get",
     response_model=Job,
-    responses={304: {"description": "Not modified: the ETag still matches."}, **documented(Code.NOT_FOUND)},
+    responses={304: {"description": "Not modified: the ETag still matches."}, **guarded(Code.NOT_FOUND)},
 )
 async def get(
     job_id: JobId,
     response: Response,
+    principal: JobsRead,
     db: Db,
     settings: Config,
     wait: Annotated[
@@ -110,6 +124,7 @@ async def get(
     job = await wait_for_change(
         db,
         job_id=job_id,
+        principal=principal,
         wait_seconds=min(wait, settings.max_wait_seconds),
         if_version=if_version,
         poll_seconds=settings.poll_seconds,
@@ -131,13 +146,13 @@ async def get(
     operation_id="jobs.cancel",
     responses={
         200: {"description": "The job is cancelled already.", "model": Job},
-        **documented(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
+        **guarded(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
     },
 )
-async def cancel(job_id: JobId, response: Response, db: Db, hints: Hints) -> Job:
+async def cancel(job_id: JobId, response: Response, principal: JobsWrite, db: Db, hints: Hints) -> Job:
     """Ask for the end of a job. Once this answers the job cannot succeed any more."""
-    job, pending = await db.write(service.cancel, job_id=job_id)
-    hints.hint()
+    job, pending = await db.write(service.cancel, job_id=job_id, principal=principal)
+    hints.hint(job.gpu_class)
     response.status_code = 202 if pending else 200
     return job
 
@@ -146,16 +161,18 @@ async def cancel(job_id: JobId, response: Response, db: Db, hints: Hints) -> Job
     "/{job_id}/retry",
     status_code=202,
     operation_id="jobs.retry",
-    responses=documented(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
+    responses=guarded(
+        Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT, Code.QUOTA_EXCEEDED, Code.QUEUE_FULL
+    ),
 )
-async def retry(job_id: JobId, db: Db, hints: Hints) -> Job:
+async def retry(job_id: JobId, principal: JobsWrite, db: Db, settings: Config, hints: Hints) -> Job:
     """Run a failed or cancelled job again, from the first step or layer that it lacks."""
-    job = await db.write(service.retry, job_id=job_id)
-    hints.hint()
+    job = await db.write(service.retry, job_id=job_id, principal=principal, settings=settings)
+    hints.hint(job.gpu_class)
     return job
 
 
-@router.get("/{job_id}/layers", operation_id="jobs.layers", responses=documented(Code.NOT_FOUND))
-async def layers(job_id: JobId, db: Db) -> LayerList:
+@router.get("/{job_id}/layers", operation_id="jobs.layers", responses=guarded(Code.NOT_FOUND))
+async def layers(job_id: JobId, principal: JobsRead, db: Db) -> LayerList:
     """Layers that are fitted and safe."""
-    return await db.read(service.layers, job_id=job_id)
+    return await db.read(service.layers, job_id=job_id, principal=principal)

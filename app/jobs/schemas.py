@@ -13,6 +13,10 @@ from app.jobs.models import Job as JobRow
 from app.jobs.models import Step as StepRow
 from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobKind, JobStatus, StepStatus
 from app.schemas import Body, Budget, Form, Metadata, RankMultiple, Resource
+from app.settings import DEFAULT_GPU_CLASS, GpuClass
+
+# Methods that take optimisation steps; the others are closed forms.
+LEARNED = frozenset({"oblique", "stiefel"})
 
 
 class ModelRef(Body):
@@ -100,6 +104,21 @@ class JobCreate(Body):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     metadata: Metadata = Field(default_factory=dict)
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
+    gpu_class: GpuClass = Field(
+        DEFAULT_GPU_CLASS, description="Which workers may run the job: one of the server's classes."
+    )
+
+    @model_validator(mode="after")
+    def _can_work(self) -> Self:
+        # Here and not in `Method`: a stored job is shown as it was asked for.
+        method = self.method
+        if method.parameterisation == "predictor" and method.type != "stiefel":
+            raise ValueError(f"method {method.type} has no predictor")
+        if method.steps is not None and method.type not in LEARNED:
+            raise ValueError(f"method {method.type} is a closed form and has no steps")
+        if self.dataset.num_samples < 2:
+            raise ValueError("num_samples must be at least 2: one is held out")
+        return self
 
 
 class CheckpointSpec(Resource):
@@ -180,6 +199,7 @@ class Job(Resource):
     version: int = Field(description="Rises with every change; `?wait=&if_version=` waits for the next one.")
     attempt: int
     priority: int
+    gpu_class: str
     progress: JobProgress | None
     spec: CompressSpec | CheckpointSpec
     resolved: dict[str, Any] = Field(description="What was really run: revision, digests, geometry.")
@@ -209,6 +229,7 @@ class Job(Resource):
             version=row.version,
             attempt=row.attempt,
             priority=row.priority,
+            gpu_class=row.gpu_class,
             progress=_progress(row.progress),
             spec=spec.model_validate(row.spec),
             resolved=row.resolved,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from app.artifacts.repository import by_ids
+from app.audit.service import record as audit
+from app.auth.principal import Principal
 from app.datasets.service import require_ready
 from app.errors import Code, FieldProblem, Problem, not_found
 from app.ids import new_id
@@ -20,38 +22,53 @@ from app.jobs.states import record, transition
 from app.jobs.unfold import add_first_steps, first_step, reopen
 from app.jobs.vocabulary import JobKind, JobStatus
 from app.pagination import Cursor, Page, page
+from app.quotas.service import require_room_for_job
+from app.settings import Settings
 
 # As the hub spells repositories. Anything else is a path, and paths are the server's own affair.
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
-def create(session: Session, *, body: JobCreate, allow_local_models: bool) -> Job:
+def create(session: Session, *, body: JobCreate, principal: Principal, settings: Settings) -> Job:
     """Queue a job that compresses a model. The queued row is the whole promise; a hint only speeds it up."""
-    _check_model(body.model.id, allow_local_models=allow_local_models)
+    _check_model(body.model.id, allow_local_models=settings.allow_local_models)
+    _check_gpu_class(body.gpu_class, settings.gpu_classes)
     for text in body.dataset.texts:
         if text.id is not None:
-            require_ready(session, text.id)
-    spec = body.model_dump(mode="json", exclude={"metadata", "priority"})
+            require_ready(session, text.id, principal)
+    spec = body.model_dump(mode="json", exclude={"metadata", "priority", "gpu_class"})
     return _queue(
         session,
+        principal=principal,
+        settings=settings,
         kind=JobKind.COMPRESS,
         spec=spec,
         model_id=body.model.id,
         dataset_id=body.dataset.id,
         labels=body.metadata,
         priority=body.priority,
+        gpu_class=body.gpu_class,
     )
 
 
 def create_from_profile(
-    session: Session, *, profile_id: str, spec: dict[str, Any], labels: dict[str, str], origin_id: str
+    session: Session,
+    *,
+    profile_id: str,
+    spec: dict[str, Any],
+    labels: dict[str, str],
+    origin_id: str,
+    principal: Principal,
+    settings: Settings,
 ) -> Job:
     """Queue a job that makes another checkpoint of what the origin job has fitted."""
-    origin = repository.get_job(session, origin_id)
+    origin = repository.find_job(session, origin_id, project_id=principal.project_id)
     if origin is None:
         raise not_found("job")
     return _queue(
         session,
+        principal=principal,
+        settings=settings,
         kind=JobKind.CHECKPOINT,
         spec=spec,
         model_id=origin.model_id,
@@ -59,19 +76,20 @@ def create_from_profile(
         resolved=origin.resolved,
         labels=labels,
         priority=origin.priority,
+        gpu_class=origin.gpu_class,
     )
 
 
-def get(session: Session, *, job_id: str) -> Job:
-    row = repository.get_job(session, job_id)
+def get(session: Session, *, job_id: str, principal: Principal) -> Job:
+    row = repository.find_job(session, job_id, project_id=principal.project_id)
     if row is None:
         raise not_found("job")
     return _job(session, row)
 
 
-def get_version(session: Session, *, job_id: str) -> tuple[int, str]:
+def get_version(session: Session, *, job_id: str, principal: Principal) -> tuple[int, str]:
     """Version and status, for those who wait."""
-    version = repository.get_version(session, job_id)
+    version = repository.find_version(session, job_id, project_id=principal.project_id)
     if version is None:
         raise not_found("job")
     return version
@@ -81,22 +99,26 @@ def list_page(
     session: Session,
     *,
     cursor: Cursor,
+    principal: Principal,
     status: JobStatus | None,
     model: str | None,
     labels: Mapping[str, str],
 ) -> Page[Job]:
-    rows, has_more = repository.list_jobs(session, cursor, status=status, model=model, labels=labels)
+    rows, has_more = repository.list_jobs(
+        session, cursor, project_id=principal.project_id, status=status, model=model, labels=labels
+    )
     steps = repository.steps_of(session, [row.id for row in rows])
     data = [Job.of(row, [step for step in steps if step.job_id == row.id]) for row in rows]
     return page(data, has_more)
 
 
-def cancel(session: Session, *, job_id: str) -> tuple[Job, bool]:
+def cancel(session: Session, *, job_id: str, principal: Principal) -> tuple[Job, bool]:
     """Ask for the end of a job; True when it still has to come. Asking again changes nothing."""
-    row = _lock(session, job_id)
+    row = _lock(session, job_id, principal)
     if row.status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
         raise Problem(Code.CONFLICT, f"The job has already {row.status}.")
     if row.status in (JobStatus.QUEUED, JobStatus.RUNNING):
+        audit(session, principal, "job.cancelled", row.id)
         stop_others(session, row, running=False)
         if repository.count_running(session, row.id):
             transition(session, row, JobStatus.CANCELLING, event="job.cancelling")
@@ -105,11 +127,13 @@ def cancel(session: Session, *, job_id: str) -> tuple[Job, bool]:
     return _job(session, row), row.status == JobStatus.CANCELLING
 
 
-def retry(session: Session, *, job_id: str) -> Job:
+def retry(session: Session, *, job_id: str, principal: Principal, settings: Settings) -> Job:
     """Open a failed or cancelled job again. Steps that succeeded and committed layers are kept."""
-    row = _lock(session, job_id)
+    row = _lock(session, job_id, principal)
     if row.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
         raise Problem(Code.CONFLICT, "Only a failed or cancelled job can be retried.")
+    require_room_for_job(session, project_id=row.project_id, settings=settings)
+    audit(session, principal, "job.retried", row.id)
     row.attempt += 1
     row.error = None
     row.cancel_requested_at = None
@@ -118,8 +142,8 @@ def retry(session: Session, *, job_id: str) -> Job:
     return _job(session, row)
 
 
-def layers(session: Session, *, job_id: str) -> LayerList:
-    get_version(session, job_id=job_id)
+def layers(session: Session, *, job_id: str, principal: Principal) -> LayerList:
+    get_version(session, job_id=job_id, principal=principal)
     rows = repository.committed_layers(session, job_id)
     artifacts = by_ids(session, [row.artifact_id for row in rows])
     data = [
@@ -140,23 +164,29 @@ def layers(session: Session, *, job_id: str) -> LayerList:
 def _queue(
     session: Session,
     *,
+    principal: Principal,
+    settings: Settings,
     kind: JobKind,
     spec: dict[str, Any],
     model_id: str,
     labels: dict[str, str],
     priority: int,
+    gpu_class: str,
     dataset_id: str | None = None,
     profile_id: str | None = None,
     resolved: dict[str, Any] | None = None,
 ) -> Job:
+    require_room_for_job(session, project_id=principal.project_id, settings=settings)
     row = Row(
         id=new_id("job"),
+        project_id=principal.project_id,
         kind=kind,
         status=JobStatus.QUEUED,
         phase=first_step(kind).phase,
         version=0,
         event_seq=0,
         priority=priority,
+        gpu_class=gpu_class,
         model_id=model_id,
         dataset_id=dataset_id,
         profile_id=profile_id,
@@ -168,6 +198,7 @@ def _queue(
     session.flush()
     add_first_steps(session, row)
     record(session, row, "job.created", {"kind": kind})
+    audit(session, principal, "job.created", row.id)
     session.flush()
     return _job(session, row)
 
@@ -177,11 +208,20 @@ def _job(session: Session, row: Row) -> Job:
     return Job.of(row, repository.steps_of(session, [row.id]))
 
 
-def _lock(session: Session, job_id: str) -> Row:
-    row = repository.lock_job(session, job_id)
+def _lock(session: Session, job_id: str, principal: Principal) -> Row:
+    row = repository.find_locked_job(session, job_id, project_id=principal.project_id)
     if row is None:
         raise not_found("job")
     return row
+
+
+def _check_gpu_class(gpu_class: str, known: Sequence[str]) -> None:
+    """A job of a class that no worker has would wait for ever."""
+    if gpu_class not in known:
+        field = FieldProblem(
+            pointer="/gpu_class", code="gpu_class", message=f"must be one of {', '.join(known)}"
+        )
+        raise Problem(Code.INVALID_REQUEST, "The server has no such GPU class.", errors=[field])
 
 
 def _check_model(model_id: str, *, allow_local_models: bool) -> None:

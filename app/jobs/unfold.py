@@ -83,5 +83,6 @@ def _add(
             layers=layers,
             status=status,
             precedence=-job.priority,
+            gpu_class=job.gpu_class,
         )
     )

@@ -10,8 +10,14 @@ from app.profiles.models import Profile
 
 
 def get_profile(session: Session, profile_id: str) -> Profile | None:
+    """A profile of any project: for workers."""
     return session.get(Profile, profile_id)
 
 
-def list_profiles(session: Session, cursor: Cursor) -> tuple[list[Profile], bool]:
-    return cut(session, select(Profile), Profile.id, cursor)
+def find_profile(session: Session, profile_id: str, *, project_id: str) -> Profile | None:
+    statement = select(Profile).where(Profile.id == profile_id, Profile.project_id == project_id)
+    return session.execute(statement).scalar_one_or_none()
+
+
+def list_profiles(session: Session, cursor: Cursor, *, project_id: str) -> tuple[list[Profile], bool]:
+    return cut(session, select(Profile), Profile.id, cursor, within=Profile.project_id == project_id)

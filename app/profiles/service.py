@@ -8,6 +8,8 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.repository import by_ids
 from app.artifacts.schemas import Artifact
+from app.audit.service import record
+from app.auth.principal import Principal
 from app.errors import not_found
 from app.jobs.repository import jobs_by_ids
 from app.jobs.schemas import CompressSpec, Job
@@ -16,31 +18,41 @@ from app.pagination import Cursor, Page, page
 from app.profiles import repository
 from app.profiles.models import Profile as Row
 from app.profiles.schemas import CheckpointCreate, Profile, ProfileFiles
+from app.settings import Settings
 
 
-def get(session: Session, *, profile_id: str) -> Profile:
-    return _profiles(session, [_row(session, profile_id)])[0]
+def get(session: Session, *, profile_id: str, principal: Principal) -> Profile:
+    return _profiles(session, [_row(session, profile_id, principal)])[0]
 
 
-def list_page(session: Session, *, cursor: Cursor) -> Page[Profile]:
-    rows, has_more = repository.list_profiles(session, cursor)
+def list_page(session: Session, *, cursor: Cursor, principal: Principal) -> Page[Profile]:
+    rows, has_more = repository.list_profiles(session, cursor, project_id=principal.project_id)
     data = _profiles(session, rows)
     return page(data, has_more)
 
 
-def locate_plot(session: Session, *, profile_id: str) -> tuple[Artifact, str]:
-    """The plot and the key of its object."""
-    artifact_id = _row(session, profile_id).plot_artifact_id
+def hand_out_plot(session: Session, *, profile_id: str, principal: Principal) -> tuple[Artifact, str]:
+    """The plot and the key of its object. The download is noted."""
+    artifact_id = _row(session, profile_id, principal).plot_artifact_id
+    record(session, principal, "artifact.downloaded", artifact_id)
     row = by_ids(session, [artifact_id])[artifact_id]
     return Artifact.of(row), row.object_key
 
 
-def create_checkpoint(session: Session, *, profile_id: str, body: CheckpointCreate) -> Job:
+def create_checkpoint(
+    session: Session, *, profile_id: str, body: CheckpointCreate, principal: Principal, settings: Settings
+) -> Job:
     """Queue the job that makes the checkpoint: it plans, packs and measures, and fits nothing."""
-    profile = _row(session, profile_id)
+    profile = _row(session, profile_id, principal)
     spec = {"profile_id": profile.id, **body.model_dump(mode="json", exclude={"metadata"})}
     return create_from_profile(
-        session, profile_id=profile.id, spec=spec, labels=body.metadata, origin_id=profile.job_id
+        session,
+        profile_id=profile.id,
+        spec=spec,
+        labels=body.metadata,
+        origin_id=profile.job_id,
+        principal=principal,
+        settings=settings,
     )
 
 
@@ -72,8 +84,8 @@ def _profiles(session: Session, rows: Sequence[Row]) -> list[Profile]:
     ]
 
 
-def _row(session: Session, profile_id: str) -> Row:
-    row = repository.get_profile(session, profile_id)
+def _row(session: Session, profile_id: str, principal: Principal) -> Row:
+    row = repository.find_profile(session, profile_id, project_id=principal.project_id)
     if row is None:
         raise not_found("profile")
     return row

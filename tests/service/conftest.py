@@ -11,7 +11,10 @@ import pytest
 import structlog
 from fastapi.testclient import TestClient
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
+from app.auth.models import Project
+from app.auth.principal import DEFAULT_PROJECT_ID
 from app.database import SyncDatabase
 from app.main import create_app
 from app.migrate import upgrade
@@ -19,6 +22,8 @@ from app.models import metadata
 from app.settings import Settings
 from app.storage import Storage
 from tests.postgres import postgres_url
+from tests.redis_server import PrivateRedis, redis_url
+from tests.s3 import Bucket, new_bucket, s3_endpoint
 from tests.service.factories import Script
 
 # The default renderer draws tracebacks with all locals, which takes seconds.
@@ -35,6 +40,29 @@ def postgres() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def broker_url() -> Iterator[str]:
+    with redis_url() as url:
+        yield url
+
+
+@pytest.fixture
+def private_redis() -> Iterator[PrivateRedis]:
+    with PrivateRedis() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    with s3_endpoint() as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def bucket(s3: str) -> Bucket:
+    return new_bucket(s3)
+
+
+@pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("sqlite") / "template.db"
     upgrade(f"sqlite:///{file}")
@@ -42,10 +70,16 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def empty(url: str) -> None:
-    """Delete every row."""
+    """Delete every row but the one that the migrations made."""
     database = SyncDatabase(url)
     names = ", ".join(f'"{name}"' for name in metadata.tables)
-    database.write(lambda session: session.execute(text(f"TRUNCATE {names} CASCADE")))
+    default = Project(id=DEFAULT_PROJECT_ID, name="default")
+
+    def clear(session: Session) -> None:
+        session.execute(text(f"TRUNCATE {names} CASCADE"))
+        session.add(default)
+
+    database.write(clear)
     database.close()
 
 
@@ -78,6 +112,7 @@ def settings(database_url: str, tmp_path: Path, script: Script) -> Settings:
         data_dir=tmp_path / "data",
         database_url=database_url,
         allow_local_models=True,
+        auth_required=False,
         allowed_hosts=("testserver",),
         poll_seconds=0.02,
         idle_poll_seconds=0.05,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
+from app.auth.principal import Principal, local_principal
 from app.database import SyncDatabase, now
 from app.jobs import service
 from app.jobs.commits import Produced, commit_layer, finish_step
@@ -16,6 +18,7 @@ from app.jobs.lease import Lease, RetryPolicy, claim
 from app.jobs.models import Step
 from app.jobs.schemas import Job, JobCreate
 from app.jobs.vocabulary import StepName
+from app.settings import DEFAULT_GPU_CLASS, Settings
 
 POLICY = RetryPolicy(max_failures=3, backoff_seconds=0.001)
 LEASE_SECONDS = 30.0
@@ -56,17 +59,24 @@ def job_body(**changes: Any) -> dict[str, Any]:
     return {**body, **changes}
 
 
-def queue_job(database: SyncDatabase, **changes: Any) -> Job:
+def queue_job(database: SyncDatabase, principal: Principal | None = None, **changes: Any) -> Job:
     body = JobCreate.model_validate(job_body(**changes))
-    return database.write(service.create, body=body, allow_local_models=True)
+    settings = Settings(allow_local_models=True, gpu_classes=(body.gpu_class,))
+    return database.write(
+        service.create, body=body, principal=principal or local_principal(), settings=settings
+    )
 
 
 def read_job(database: SyncDatabase, job_id: str) -> Job:
-    return database.read(service.get, job_id=job_id)
+    return database.read(service.get, job_id=job_id, principal=local_principal())
 
 
-def claim_next(database: SyncDatabase, owner: str = "worker-1") -> Lease | None:
-    return database.write(claim, owner=owner, lease_seconds=LEASE_SECONDS)
+def claim_next(
+    database: SyncDatabase, owner: str = "worker-1", *, gpu_classes: Sequence[str] = (DEFAULT_GPU_CLASS,)
+) -> Lease | None:
+    return database.write(
+        claim, owner=owner, lease_seconds=LEASE_SECONDS, max_running_steps=None, gpu_classes=gpu_classes
+    )
 
 
 def must_claim(database: SyncDatabase, owner: str = "worker-1") -> Lease:

@@ -25,6 +25,7 @@ from app.storage import Storage, digest_file
 from tests.service.factories import complete, finish, must_claim, queue_job, read_job
 
 CONTENT = os.urandom(10_000)
+DIGEST = base64.b64encode(hashlib.sha256(CONTENT).digest()).decode()
 
 
 def announce(client: TestClient, **body: Any) -> dict[str, Any]:
@@ -75,6 +76,30 @@ class TestDatasets:
         client.put(dataset["upload"]["url"], content=b"whole")
         right = {"sha256": hashlib.sha256(b"whole").hexdigest()}
         assert client.post(f"{path}/complete", json=right).status_code == 200
+
+    @pytest.mark.parametrize(
+        ("headers", "status"),
+        [
+            ({"Content-Range": "bytes 0-4/10"}, 400),
+            ({"Content-Encoding": "gzip"}, 415),
+            ({"Content-Digest": "sha-256=:AAAA:"}, 422),
+            ({"Content-Digest": "sha-256=:A:"}, 400),
+            ({"Content-Digest": f"sha-256=:{DIGEST}:", "Repr-Digest": "sha-256=:AAAA:"}, 400),
+        ],
+    )
+    def test_headers_that_make_the_bytes_others_are_refused_and_nothing_is_kept(
+        self, client: TestClient, settings: Settings, headers: dict[str, str], status: int
+    ) -> None:
+        dataset = announce(client)
+        response = client.put(dataset["upload"]["url"], content=CONTENT, headers=headers)
+        assert response.status_code == status, response.text
+        assert objects(settings) == []
+
+    @pytest.mark.parametrize("name", ["Content-Digest", "Repr-Digest"])
+    def test_an_upload_may_bring_its_digest(self, client: TestClient, name: str) -> None:
+        url = announce(client)["upload"]["url"]
+        headers = {name: f"sha-512=:AAAA:, sha-256=:{DIGEST}:"}
+        assert client.put(url, content=CONTENT, headers=headers).status_code == 200
 
     def test_an_upload_that_is_too_large_leaves_nothing(self, settings: Settings) -> None:
         small = settings.model_copy(update={"max_dataset_bytes": 1000})
@@ -143,6 +168,18 @@ class TestArtifacts:
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["content-disposition"] == "attachment; filename*=UTF-8''blocks.safetensors"
         assert headers["cache-control"] == "private, max-age=31536000, immutable"
+
+    @pytest.mark.parametrize("damage", ["gone", "short"])
+    def test_a_file_that_the_store_lost_is_said_before_its_headers(
+        self, client: TestClient, artifact: dict[str, Any], settings: Settings, damage: str
+    ) -> None:
+        (stored,) = [path for path in objects(settings) if path.stat().st_size == len(CONTENT)]
+        if damage == "gone":
+            stored.unlink()
+        else:
+            stored.write_bytes(stored.read_bytes()[:-1])
+        for ask in (client.get, client.head):
+            assert ask(f"/v1/artifacts/{artifact['id']}/content").status_code == 500
 
     def test_metadata(self, client: TestClient, artifact: dict[str, Any]) -> None:
         body = client.get(f"/v1/artifacts/{artifact['id']}").json()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import threading
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from fastapi.testclient import TestClient
 
+from app.auth.principal import local_principal
 from app.database import SyncDatabase
 from app.jobs import service
 from app.jobs.lease import Failure, fail
+from app.jobs.schemas import LEARNED, Method
 from app.jobs.vocabulary import JobErrorCode, StepName
+from orthokv.methods import METHODS
 from tests.service.factories import (
     POLICY,
     advance,
@@ -396,4 +399,24 @@ def stream(
 
 def test_the_service_itself_reads_what_it_wrote(database: SyncDatabase) -> None:
     job = queue_job(database, metadata={"a": "b"})
-    assert database.read(service.get, job_id=job.id) == job
+    assert database.read(service.get, job_id=job.id, principal=local_principal()) == job
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": {"type": "oblique", "parameterisation": "predictor"}},
+        {"method": {"type": "eigen", "steps": 3}},
+        {"method": {"type": "weighted", "steps": 3}},
+        {"dataset": {"source": "self", "num_samples": 1, "sequence_length": 64}},
+    ],
+)
+def test_what_no_worker_could_run_is_refused_at_once(client: TestClient, change: dict[str, Any]) -> None:
+    response = client.post("/v1/jobs", json=job_body(**change))
+    assert response.status_code == 422, response.text
+
+
+def test_the_methods_with_steps_are_those_of_the_library() -> None:
+    offered = get_args(Method.model_fields["type"].annotation)
+    assert {name for name in offered if "steps" in METHODS[name].__dataclass_fields__} == LEARNED
+    assert [n for n in offered if "parameterisation" in METHODS[n].__dataclass_fields__] == ["stiefel"]

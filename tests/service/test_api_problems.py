@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 from sqlalchemy.orm import Session
@@ -204,26 +203,3 @@ class TestOpenApi:
         document = json.loads(text)
         names = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
         assert names <= set(document["components"]["schemas"])
-
-
-def test_every_route_has_a_bound_on_its_body(settings: Settings) -> None:
-    from app.routing import BoundedRoute
-
-    unbounded = {
-        route.operation_id
-        for router in _routers()
-        for route in router.routes
-        if isinstance(route, APIRoute)
-        and (route.methods or set()) & {"POST", "PUT", "PATCH"}
-        and not isinstance(route, BoundedRoute)
-    }
-    assert unbounded == {"datasets.upload"}
-
-
-def _routers() -> list[Any]:
-    from app.datasets import routes as datasets
-    from app.events import routes as events
-    from app.jobs import routes as jobs
-    from app.profiles import routes as profiles
-
-    return [datasets.router, datasets.upload_router, events.router, jobs.router, profiles.router]

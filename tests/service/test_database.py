@@ -11,6 +11,7 @@ from alembic import command
 from sqlalchemy import inspect, select
 from sqlalchemy.orm import Session
 
+from app.auth.principal import DEFAULT_PROJECT_ID
 from app.database import DatabaseUnusable, SyncDatabase, clock, now
 from app.datasets.models import Dataset
 from app.migrate import alembic_config, upgrade
@@ -40,7 +41,9 @@ def test_the_clock_adds_fractions_of_seconds(database: SyncDatabase, seconds: fl
 def test_stored_times_compare_with_the_clock(database: SyncDatabase) -> None:
     def store(session: Session) -> None:
         for name, offset in (("ds_past", -0.01), ("ds_future", 60.0)):
-            session.add(Dataset(id=name, filename="x", format="text", created_at=now(offset)))
+            row = Dataset(id=name, project_id=DEFAULT_PROJECT_ID, filename="x", format="text")
+            row.created_at = now(offset)
+            session.add(row)
 
     database.write(store)
     past = database.read(
@@ -51,7 +54,7 @@ def test_stored_times_compare_with_the_clock(database: SyncDatabase) -> None:
 
 def test_a_failing_transaction_leaves_nothing(database: SyncDatabase) -> None:
     def store_and_fail(session: Session) -> None:
-        session.add(Dataset(id="ds_x", filename="x", format="text"))
+        session.add(Dataset(id="ds_x", project_id=DEFAULT_PROJECT_ID, filename="x", format="text"))
         session.flush()
         raise RuntimeError("after the write")
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from app.auth.principal import local_principal
 from app.database import SyncDatabase
 from app.jobs import service
 from app.jobs.commits import IncompleteResult, commit_progress
@@ -13,6 +14,7 @@ from app.jobs.lease import Failure, LeaseLost, acknowledge_cancel, beat, fail, r
 from app.jobs.reaper import end_stuck_cancels, return_lost
 from app.jobs.schemas import Job
 from app.jobs.vocabulary import JobErrorCode, JobStatus, StepName, StepStatus
+from app.settings import Settings
 from tests.service.factories import (
     LAYERS,
     LEASE_SECONDS,
@@ -106,7 +108,7 @@ class TestHeartbeat:
     def test_it_brings_back_a_cancel(self, database: SyncDatabase) -> None:
         job = queue_job(database)
         lease = must_claim(database)
-        database.write(service.cancel, job_id=job.id)
+        database.write(service.cancel, job_id=job.id, principal=local_principal())
         assert database.write(beat, lease, lease_seconds=LEASE_SECONDS) is True
 
     def test_a_stale_fence_gets_none(self, database: SyncDatabase) -> None:
@@ -145,7 +147,7 @@ class TestStaleFence:
         for layer in range(1, LAYERS):
             put_layer(database, fresh, layer)
         finish(database, fresh)
-        layers = database.read(service.layers, job_id=job_id).data
+        layers = database.read(service.layers, job_id=job_id, principal=local_principal()).data
         assert [(layer.layer, layer.attempt) for layer in layers] == [(0, 1), (1, 2), (2, 2)]
 
 
@@ -300,14 +302,16 @@ class TestResults:
 
 class TestCancel:
     def test_a_queued_job_is_cancelled_at_once(self, database: SyncDatabase) -> None:
-        job, pending = database.write(service.cancel, job_id=queue_job(database).id)
+        job, pending = database.write(
+            service.cancel, job_id=queue_job(database).id, principal=local_principal()
+        )
         assert (job.status, pending) == (JobStatus.CANCELLED, False)
         assert claim_next(database) is None
 
     def test_a_running_job_ends_when_its_worker_says_so(self, database: SyncDatabase) -> None:
         job_id = queue_job(database).id
         lease = must_claim(database)
-        job, pending = database.write(service.cancel, job_id=job_id)
+        job, pending = database.write(service.cancel, job_id=job_id, principal=local_principal())
         assert (job.status, pending) == (JobStatus.CANCELLING, True)
         database.write(acknowledge_cancel, lease)
         assert read_job(database, job_id).status == JobStatus.CANCELLED
@@ -315,7 +319,7 @@ class TestCancel:
     def test_a_cancel_that_was_acknowledged_beats_a_success(self, database: SyncDatabase) -> None:
         job_id = queue_job(database).id
         lease = advance(database, job_id, StepName.EVALUATE)
-        database.write(service.cancel, job_id=job_id)
+        database.write(service.cancel, job_id=job_id, principal=local_principal())
         finish(database, lease)
         job = read_job(database, job_id)
         assert job.status == JobStatus.CANCELLED
@@ -325,14 +329,14 @@ class TestCancel:
     def test_a_lost_worker_of_a_cancelling_job_ends_it(self, database: SyncDatabase) -> None:
         job_id = queue_job(database).id
         expire(database, must_claim(database))
-        database.write(service.cancel, job_id=job_id)
+        database.write(service.cancel, job_id=job_id, principal=local_principal())
         database.write(return_lost, POLICY)
         assert read_job(database, job_id).status == JobStatus.CANCELLED
 
     def test_a_cancel_without_an_answer_is_forced(self, database: SyncDatabase) -> None:
         job_id = queue_job(database).id
         lease = must_claim(database)
-        database.write(service.cancel, job_id=job_id)
+        database.write(service.cancel, job_id=job_id, principal=local_principal())
         assert database.write(end_stuck_cancels, grace_seconds=3600) == 0
         assert database.write(end_stuck_cancels, grace_seconds=-1) == 1
         assert read_job(database, job_id).status == JobStatus.CANCELLED
@@ -346,7 +350,7 @@ class TestRetry:
         lease = advance(database, job_id, StepName.FIT)
         put_layer(database, lease, 1)
         database.write(fail, lease, FINAL, POLICY)
-        job = database.write(service.retry, job_id=job_id)
+        job = database.write(service.retry, job_id=job_id, principal=local_principal(), settings=Settings())
         assert (job.status, job.attempt, job.error) == (JobStatus.QUEUED, 2, None)
         again = must_claim(database)
         assert again.step is StepName.FIT
@@ -358,7 +362,7 @@ class TestRetry:
 
     def test_a_cancelled_job_can_be_retried(self, database: SyncDatabase) -> None:
         job_id = queue_job(database).id
-        database.write(service.cancel, job_id=job_id)
-        database.write(service.retry, job_id=job_id)
+        database.write(service.cancel, job_id=job_id, principal=local_principal())
+        database.write(service.retry, job_id=job_id, principal=local_principal(), settings=Settings())
         job = complete(database, job_id)
         assert (job.status, job.cancel_requested_at) == (JobStatus.SUCCEEDED, None)

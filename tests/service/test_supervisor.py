@@ -15,6 +15,7 @@ from sqlalchemy import select, update
 
 from app.artifacts.models import Artifact
 from app.artifacts.repository import files_of_job
+from app.auth.principal import local_principal
 from app.database import SyncDatabase, now
 from app.jobs import service
 from app.jobs.models import Step
@@ -68,7 +69,10 @@ def alive(pid: int) -> bool:
 
 
 def committed(database: SyncDatabase, job_id: str) -> list[int]:
-    return [layer.layer for layer in database.read(service.layers, job_id=job_id).data]
+    return [
+        layer.layer
+        for layer in database.read(service.layers, job_id=job_id, principal=local_principal()).data
+    ]
 
 
 def contents(database: SyncDatabase, settings: Settings, job_id: str) -> dict[str, bytes]:
@@ -212,7 +216,13 @@ def test_a_profile_outlives_a_budget_that_cannot_be_met(
     assert failed.result is not None
     assert failed.result.profile_id is not None
     body = CheckpointCreate.model_validate({"budget": {"metric": "kept", "value": 0.5}, "rank_multiple": 16})
-    queued = database.write(create_checkpoint, profile_id=failed.result.profile_id, body=body)
+    queued = database.write(
+        create_checkpoint,
+        profile_id=failed.result.profile_id,
+        body=body,
+        principal=local_principal(),
+        settings=settings,
+    )
     job = run_to_end(database, settings, queued.id)
     assert job.status == JobStatus.SUCCEEDED
     assert len(script.runs("fit")) == 1, "another budget fits nothing"
@@ -234,7 +244,7 @@ def test_a_cancel_kills_the_child(database: SyncDatabase, settings: Settings, sc
     with running(settings):
         until(lambda: script.is_hanging("fit"), "the child hangs")
         until(lambda: committed(database, job_id) == [0], "the first layer is safe")
-        database.write(service.cancel, job_id=job_id)
+        database.write(service.cancel, job_id=job_id, principal=local_principal())
         until(lambda: read_job(database, job_id).status == JobStatus.CANCELLED, "the job is cancelled")
     assert not alive(script.runs("fit")[0]["pid"])
     assert committed(database, job_id) == [0]
@@ -344,7 +354,7 @@ def test_an_input_that_changed_in_the_store_is_not_used(
     failed = run_to_end(database, settings, queue_job(database).id)
     blocks = database.read(files_of_job, failed.id, "calibrate")["blocks.safetensors"]
     (settings.data_dir / "objects" / blocks.object_key).write_bytes(b"tampered")
-    database.write(service.retry, job_id=failed.id)
+    database.write(service.retry, job_id=failed.id, principal=local_principal(), settings=settings)
     job = run_to_end(database, settings, failed.id)
     assert job.error is not None
     assert job.error.code == JobErrorCode.STORAGE_ERROR
@@ -371,6 +381,7 @@ def test_the_sweep_deletes_what_no_row_refers_to(
 def test_a_job_of_a_dataset_gets_its_bytes(
     database: SyncDatabase, settings: Settings, storage: Storage, script: Script, tmp_path: Path
 ) -> None:
+    from app.auth.principal import DEFAULT_PROJECT_ID
     from app.database import clock
     from app.datasets.models import Dataset
     from app.ids import new_id
@@ -383,6 +394,7 @@ def test_a_job_of_a_dataset_gets_its_bytes(
         lambda session: session.add(
             Dataset(
                 id=dataset_id,
+                project_id=DEFAULT_PROJECT_ID,
                 filename="my text.txt",
                 format="text",
                 object_key=f"datasets/{dataset_id}/up",

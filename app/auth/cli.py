@@ -1,0 +1,125 @@
+"""`orthokv keys ...`: keys made by whoever can reach the database itself, above all the first one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from app.auth import repository, service
+from app.auth.principal import Principal, Scope
+from app.auth.schemas import ApiKeyCreate, ProjectCreate
+from app.database import SyncDatabase
+from app.errors import Problem
+from app.migrate import upgrade
+from app.pagination import Cursor
+from app.settings import Settings
+
+BAD_INPUT = 2
+
+keys = typer.Typer(help="Make, list and revoke API keys, directly in the database.", no_args_is_help=True)
+
+Data = Annotated[
+    Path | None, typer.Option(help="Data folder of the server, when ORTHOKV_DATABASE_URL is not set.")
+]
+
+
+@keys.command()
+def create(
+    scope: Annotated[list[Scope], typer.Option(help="What the key may do; give it several times.")],
+    project: Annotated[str, typer.Option(help="Name of the project.")] = "default",
+    new_project: Annotated[bool, typer.Option("--new-project", help="Make the project, too.")] = False,
+    name: Annotated[str, typer.Option(help="A label.")] = "cli",
+    expires_in_days: Annotated[float | None, typer.Option(min=0.001, max=3650)] = None,
+    data: Data = None,
+) -> None:
+    """Make a key. It alone goes to standard output, this once."""
+    settings = _settings(data, make=True)
+
+    def make(session: Session) -> tuple[str, str]:
+        found = repository.project_named(session, project)
+        if found is None and not new_project:
+            raise _stop(f"there is no project '{project}'; --new-project makes it")
+        principal = Principal("", "cli", frozenset(Scope))
+        project_id = (
+            service.create_project(session, body=ProjectCreate(name=project), principal=principal).id
+            if found is None
+            else found.id
+        )
+        body = ApiKeyCreate(name=name, scopes=scope, project_id=project_id, expires_in_days=expires_in_days)
+        pepper = settings.key_pepper.get_secret_value()
+        made = service.create_key(session, body=body, principal=principal, pepper=pepper)
+        return made.id, made.key
+
+    with _database(settings) as database:
+        key_id, text = database.write(make)
+    typer.echo(f"{key_id} of project {project}; this is the only time that the key is shown", err=True)
+    typer.echo(text)
+
+
+@keys.command("list")
+def list_keys(data: Data = None) -> None:
+    """List the keys of all projects, newest first, without their secrets."""
+
+    def read(session: Session) -> list[str]:
+        lines: list[str] = []
+        cursor, more = Cursor(limit=100), True
+        while more:
+            rows, more = repository.list_keys(session, cursor, project_id=None)
+            for row in rows:
+                project = repository.get_project(session, row.project_id)
+                assert project is not None, "foreign keys keep a key's project"
+                state = "revoked" if row.revoked_at else f"expires {row.expires_at or 'never'}"
+                lines.append(f"{row.id}  {project.name}  {row.name}  {','.join(row.scopes)}  {state}")
+            cursor = Cursor(after=rows[-1].id if rows else None, limit=100)
+        return lines
+
+    with _database(_settings(data)) as database:
+        for line in database.read(read):
+            typer.echo(line)
+
+
+@keys.command()
+def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")], data: Data = None) -> None:
+    """End a key, from its next request on."""
+    principal = Principal("", "cli", frozenset(Scope))
+    with _database(_settings(data)) as database:
+        database.write(service.revoke_key, key_id=key_id, principal=principal)
+    typer.echo(f"{key_id} revoked")
+
+
+def _settings(data: Path | None, *, make: bool = False) -> Settings:
+    settings = Settings() if data is None else Settings(data_dir=data)
+    if make and not settings.database_url:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    if not settings.database_url and not settings.data_dir.is_dir():
+        raise _stop(f"{settings.data_dir} is no data folder; name it by --data, or set ORTHOKV_DATABASE_URL")
+    return settings
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[SyncDatabase]:
+    """The migrated database; failures become one line and an exit code."""
+    database = SyncDatabase(settings.resolved_database_url)
+    try:
+        upgrade(settings.resolved_database_url)
+        yield database
+    except Problem as error:
+        raise _stop(error.detail) from error
+    except ValidationError as error:
+        raise _stop(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
+    except SQLAlchemyError as error:
+        raise _stop(f"the database does not answer: {type(error).__name__}") from error
+    finally:
+        database.close()
+
+
+def _stop(message: str) -> typer.Exit:
+    typer.echo(f"orthokv: {message}", err=True)
+    return typer.Exit(BAD_INPUT)

@@ -1,0 +1,1 @@
+"""Quotas of projects: queued jobs, running steps, stored bytes, the largest dataset."""
