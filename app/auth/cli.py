@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import ValidationError
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app.auth import repository, service
@@ -20,8 +18,7 @@ from app.errors import Problem
 from app.migrate import upgrade
 from app.pagination import Cursor
 from app.settings import Settings
-
-BAD_INPUT = 2
+from app.starting import BAD_INPUT, starting, stop
 
 keys = typer.Typer(help="Make, list and revoke API keys, directly in the database.", no_args_is_help=True)
 
@@ -45,7 +42,7 @@ def create(
     def make(session: Session) -> tuple[str, str]:
         found = repository.project_named(session, project)
         if found is None and not new_project:
-            raise _stop(f"there is no project '{project}'; --new-project makes it")
+            raise stop(f"there is no project '{project}'; --new-project makes it", BAD_INPUT)
         principal = Principal("", "cli", frozenset(Scope))
         project_id = (
             service.create_project(session, body=ProjectCreate(name=project), principal=principal).id
@@ -95,31 +92,25 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")], data: Data = No
 
 
 def _settings(data: Path | None, *, make: bool = False) -> Settings:
-    settings = Settings() if data is None else Settings(data_dir=data)
+    with starting():
+        settings = Settings() if data is None else Settings(data_dir=data)
     if make and not settings.database_url:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
     if not settings.database_url and not settings.data_dir.is_dir():
-        raise _stop(f"{settings.data_dir} is no data folder; name it by --data, or set ORTHOKV_DATABASE_URL")
+        raise stop(
+            f"{settings.data_dir} is no data folder; name it by --data, or set ORTHOKV_DATABASE_URL",
+            BAD_INPUT,
+        )
     return settings
 
 
 @contextmanager
 def _database(settings: Settings) -> Iterator[SyncDatabase]:
     """The migrated database; failures become one line and an exit code."""
-    database = SyncDatabase(settings.resolved_database_url)
-    try:
+    with starting(Problem):
         upgrade(settings.resolved_database_url)
-        yield database
-    except Problem as error:
-        raise _stop(error.detail) from error
-    except ValidationError as error:
-        raise _stop(f"{error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}") from error
-    except SQLAlchemyError as error:
-        raise _stop(f"the database does not answer: {type(error).__name__}") from error
-    finally:
-        database.close()
-
-
-def _stop(message: str) -> typer.Exit:
-    typer.echo(f"orthokv: {message}", err=True)
-    return typer.Exit(BAD_INPUT)
+        database = SyncDatabase(settings.resolved_database_url)
+        try:
+            yield database
+        finally:
+            database.close()

@@ -61,6 +61,15 @@ SUBMIT = ("submit", "--model", "org/model", "--dataset", "self", "--kept", "0.25
 
 
 class TestKeys:
+    @pytest.mark.parametrize("command", [("list",), ("revoke", "key_0"), ("create", "--scope", "admin")])
+    def test_a_database_that_is_away_is_one_line(self, command: tuple[str, ...]) -> None:
+        url = "postgresql://nobody:secret@127.0.0.1:9/nothing"
+        done = CliRunner().invoke(keys, list(command), env={"ORTHOKV_DATABASE_URL": url})
+        assert done.exit_code == 2, done.output
+        assert "127.0.0.1:9/nothing cannot be used" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert "secret" not in done.output
+
     def test_the_first_key_of_a_fresh_folder_and_its_end(self, tmp_path: Path) -> None:
         done = run_keys(tmp_path / "data", "create", "--scope", "jobs:read", "--scope", "jobs:write")
         key = done.stdout.strip()
