@@ -43,8 +43,8 @@ class PlainQueries:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        query = unquote(scope.get("query_string", b"").decode("latin-1"), errors="surrogateescape")
-        if scope["type"] == "http" and not is_storable(query):
+        query = scope.get("query_string", b"").decode("latin-1")
+        if query and not is_storable(unquote(query, errors="surrogateescape")):
             problem = Problem(Code.INVALID_REQUEST, "The query holds a character that is no text.")
             response = render(problem, path=scope["path"], request_id=scope["state"]["request_id"])
             await response(scope, receive, send)

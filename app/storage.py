@@ -35,18 +35,16 @@ class StorageError(Exception):
     """The store refused or damaged an object: a full disk, missing rights, a lost connection."""
 
 
+class WrongDigest(Exception):
+    """A stream is not the one that was announced."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """Size and digest of an object as it was written."""
 
     bytes: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class Listed:
-    key: str
-    modified_at: datetime
 
 
 class Storage:
@@ -68,10 +66,11 @@ class Storage:
             if plain:
                 more["client_options"] = {"allow_http": True}
             self._store = from_url(url, **more)
-            self._sound_until = 0.0
-            self._probe = f"readiness/{uuid.uuid4().hex}"  # of this process: others look at the same store
         except (BaseError, OSError) as error:
             raise StorageError(f"cannot use {parts.scheme}://{parts.netloc}: {_first_line(error)}") from error
+
+        self._sound_until = 0.0
+        self._probe = f"readiness/{uuid.uuid4().hex}"  # of this process: others look at the same store
 
     @property
     def can_sign(self) -> bool:
@@ -100,8 +99,13 @@ class Storage:
             raise StorageError(f"{Path(key).name} is not in the store as it was written")
         return stored
 
-    async def put_stream(self, key: str, chunks: AsyncIterator[bytes]) -> Stored:
-        """Store a stream. What the stream raises passes through (but an `OSError`), and nothing is stored."""
+    async def put_stream(
+        self, key: str, chunks: AsyncIterator[bytes], *, sha256: str | None = None
+    ) -> Stored:
+        """Store a stream. What the stream raises passes through (but an `OSError`), and nothing is stored.
+
+        Raises `WrongDigest` where the stream is not the one of `sha256`.
+        """
         digest = hashlib.sha256()
         size = 0
 
@@ -112,6 +116,8 @@ class Storage:
                 size += len(chunk)
                 if chunk:
                     yield chunk
+            if sha256 not in (None, digest.hexdigest()):
+                raise WrongDigest
 
         try:
             await obstore.put_async(self._store, key, counted())

@@ -209,7 +209,9 @@ def _flop(shape: Shape, settings: FitSettings, layers: int, model: Any, whole: b
         "error surface": surface,
     }
     if whole and settings.refinement is not None:
-        found["refinement"] = settings.refinement.steps * (forward + both) * layers
+        # Each block goes through the uncompressed model once.
+        uncompressed = min(settings.refinement.steps, fitting) * forward
+        found["refinement"] = (settings.refinement.steps * both + uncompressed) * layers
         found["error surface after the refinement"] = surface
     return found
 

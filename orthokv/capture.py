@@ -118,6 +118,15 @@ def layers_replaced(layers: nn.ModuleList, forwards: Sequence[Callable[..., Any]
                 layer.forward = own
 
 
+def pass_on(*, tuples: bool) -> Callable[..., Any]:
+    """A layer that returns what it is given, in the form that the layers of a model have: a few return a tuple."""
+
+    def forward(hidden_states: Tensor, **kwargs: Any) -> Any:
+        return (hidden_states, None) if tuples else hidden_states
+
+    return forward
+
+
 class LayerWalk:
     """Feeds equally long blocks through a model one decoder layer at a time.
 
@@ -161,7 +170,7 @@ class LayerWalk:
             )
         # A few models' layers return a tuple; what stands in for a layer must do as they do.
         with torch.no_grad():
-            self._tuples = isinstance(self.layers[0](first, **arguments), tuple)
+            self._pass_on = pass_on(tuples=isinstance(self.layers[0](first, **arguments), tuple))
         self._arguments: dict[int, list[dict[str, Any]]] = {}
         for start in sorted(set(self.starts)):
             found = self._layer_arguments(tokens[:1], start)
@@ -197,7 +206,7 @@ class LayerWalk:
             found.append((hidden_states, kwargs))
             raise _Stop
 
-        with layers_replaced(self.layers, [stop, *[self._pass_on] * (len(self) - 1)]), suppress(_Stop):
+        with layers_replaced(self.layers, [stop] * len(self)), suppress(_Stop):
             self._call(tokens, start)
         return found[0]
 
@@ -219,9 +228,6 @@ class LayerWalk:
     def _call(self, tokens: Tensor, start: int) -> Any:
         tokens = tokens.to(self.device)
         return self.model(tokens, use_cache=False, **positions_from(start, tokens, self.device))
-
-    def _pass_on(self, hidden_states: Tensor, **kwargs: Any) -> Any:
-        return (hidden_states, None) if self._tuples else hidden_states
 
     def forward(self, layer: int, hidden: Tensor, blocks: Sequence[int]) -> Tensor:
         """One decoder layer on ``hidden`` ``[b, T, hidden]`` of some blocks, through whatever the seam does there now."""

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="orthokv",
-    help="Make the KV cache of a language model several times smaller.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -89,13 +89,20 @@ def compressed(seam: Seam, bases: Sequence[LayerBases | None]) -> Iterator[None]
             seam.set_bases(i, layer)
 
 
-@torch.no_grad()
-def block_logits(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Tensor:
-    """Next-token logits ``[tokens - 1, vocabulary]`` of one block that begins at position ``start``, float32."""
+def model_logits(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Tensor:
+    """Next-token logits ``[tokens - 1, vocabulary]`` of one block that begins at position ``start``, as the model is now;
+    differentiable, in its own dtype.
+    """
     ids = tokens.unsqueeze(0).to(model.device)
     output = model(ids, use_cache=False, **positions_from(start, ids, model.device))
-    logits: Tensor = output.logits[0, :-1].float()
+    logits: Tensor = output.logits[0, :-1]
     return logits
+
+
+@torch.no_grad()
+def block_logits(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Tensor:
+    """:func:`model_logits` in float32, without gradients."""
+    return model_logits(model, tokens, start).float()
 
 
 def _nll(logits: Tensor, tokens: Tensor) -> float:

@@ -22,10 +22,10 @@ from orthokv.allocate import allocate, smallest_kept
 from orthokv.attention import Bases, Seam
 from orthokv.basis import Basis, cholesky_qr, duals, orthonormal, tangent
 from orthokv.budget import Budget
-from orthokv.capture import layers_replaced, positions_from
+from orthokv.capture import layers_replaced, pass_on
 from orthokv.dataset import Block, Blocks, evenly
 from orthokv.errors import InvalidModel, InvalidSetting
-from orthokv.evaluate import PART_TOKENS, compressed, kl_sum
+from orthokv.evaluate import PART_TOKENS, compressed, kl_sum, model_logits
 from orthokv.geometry import decoder_layers
 from orthokv.methods.learning import Adam
 from orthokv.profile import ErrorProfile
@@ -138,20 +138,12 @@ class _Student:
             Bases(key.to(dtype=dtype), value.to(dtype=dtype)) for key, value in self.turned(self.turns, ranks)
         ]
         with compressed(self.seam, bases):
-            student = logits_of(self.seam.model, block)
+            student = model_logits(self.seam.model, *block)
         # A part's distributions are computed again for its gradient: of a large vocabulary they would be the
         # largest tensors of the stage.
         parts = zip(dense.split(PART_TOKENS), student.split(PART_TOKENS), strict=True)
         sums = [checkpoint(kl_sum, p, q, use_reentrant=False) for p, q in parts]
         return torch.stack(sums).sum() / len(dense)
-
-
-def logits_of(model: PreTrainedModel, block: Block) -> Tensor:
-    """Logits ``[T - 1, vocabulary]`` of one block of ``T`` tokens, of the model as it is now."""
-    ids = block.tokens.unsqueeze(0).to(model.device)
-    called: Any = model
-    found: Tensor = called(ids, use_cache=False, **positions_from(block.start, ids, model.device)).logits
-    return found[0, :-1]
 
 
 class _Teacher:
@@ -178,22 +170,13 @@ class _Teacher:
             finally:
                 keep.remove()
         output = self._last[number]
-        # The layers before it pass their input on, in the form that this model's layers have.
-        others = [_pass_on_tuple if isinstance(output, tuple) else _pass_on] * (len(self.layers) - 1)
+        others = [pass_on(tuples=isinstance(output, tuple))] * (len(self.layers) - 1)
         with layers_replaced(self.layers, [*others, lambda *args, **kwargs: output]):
-            return logits_of(self.seam.model, block)
+            return model_logits(self.seam.model, *block)
 
     def _run(self, block: Block) -> Tensor:
         with compressed(self.seam, [None] * len(self.layers)):
-            return logits_of(self.seam.model, block)
-
-
-def _pass_on(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    return hidden_states
-
-
-def _pass_on_tuple(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    return hidden_states, None
+            return model_logits(self.seam.model, *block)
 
 
 def refine(

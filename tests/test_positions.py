@@ -202,11 +202,8 @@ def test_tables_that_change_with_the_length_are_those_of_the_blocks_own_position
     assert float((walk.outputs[0] - walk.outputs[1]).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", "mpt", "phi3+longrope"])
-def test_a_walk_from_0_is_bit_for_bit_the_layer_itself_and_says_nothing_of_positions(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokens = tiny_model(name), tiny_tokens(5, LENGTH)
+def noted_calls(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The keyword arguments of every forward of the model from now on."""
     calls: list[dict[str, Any]] = []
     own = model.forward
 
@@ -215,6 +212,15 @@ def test_a_walk_from_0_is_bit_for_bit_the_layer_itself_and_says_nothing_of_posit
         return own(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", noted)
+    return calls
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", "mpt", "phi3+longrope"])
+def test_a_walk_from_0_is_bit_for_bit_the_layer_itself_and_says_nothing_of_positions(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens = tiny_model(name), tiny_tokens(5, LENGTH)
+    calls = noted_calls(model, monkeypatch)
     walk = LayerWalk(model, tokens, 2)
     assert len(calls) == 1 + 3 + 1  # the shape of the input, three batches, the layers' arguments
     assert all(call == {"use_cache": False} for call in calls)
@@ -232,14 +238,7 @@ def test_a_walk_from_0_is_bit_for_bit_the_layer_itself_and_says_nothing_of_posit
 
 def test_every_start_costs_one_forward_around_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model("llama"), tiny_tokens(6, LENGTH)
-    calls: list[dict[str, Any]] = []
-    own = model.forward
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(kwargs)
-        return own(*args, **kwargs)
-
-    monkeypatch.setattr(model, "forward", noted)
+    calls = noted_calls(model, monkeypatch)
     LayerWalk(model, tokens, 6, [0, 50, 0, 99, 50, 99])
     assert len(calls) == 1 + 3 + 3
 

@@ -8,8 +8,9 @@ from fastapi import APIRouter, Path, Request
 from fastapi.responses import JSONResponse
 
 from app.auth.dependency import DatasetsRead, DatasetsWrite, guarded
-from app.datasets import service, uploads
+from app.datasets import service
 from app.datasets.schemas import Dataset, DatasetComplete, DatasetCreate
+from app.datasets.uploads import expected_sha256
 from app.dependencies import Config, Db, PageCursor, Store
 from app.errors import Code
 from app.idempotency.dependency import CREATION_CODES, Once
@@ -84,12 +85,12 @@ async def upload(
 ) -> Dataset:
     """Send the raw bytes, all of them. A repeated upload replaces the one before; a `Content-Digest` or `Repr-Digest` is
     checked before that."""
-    expected = uploads.expected_digest(request.headers)
     return await service.upload(
         db,
         store,
         dataset_id=dataset_id,
-        chunks=uploads.checked(request.stream(), expected),
+        chunks=request.stream(),
+        sha256=expected_sha256(request.headers),
         principal=principal,
         settings=settings,
     )

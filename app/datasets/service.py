@@ -19,7 +19,7 @@ from app.ids import new_id
 from app.pagination import Cursor, Page, page
 from app.quotas.service import largest_dataset, require_room_for_bytes
 from app.settings import Settings
-from app.storage import Storage, StorageError, Stored
+from app.storage import Storage, StorageError, Stored, WrongDigest
 
 
 def create(session: Session, *, body: DatasetCreate, principal: Principal, settings: Settings) -> Dataset:
@@ -53,6 +53,7 @@ async def upload(
     *,
     dataset_id: str,
     chunks: AsyncIterator[bytes],
+    sha256: str | None,
     principal: Principal,
     settings: Settings,
 ) -> Dataset:
@@ -62,7 +63,11 @@ async def upload(
     )
     key = f"datasets/{dataset_id}/{new_id('up')}"
     try:
-        stored = await storage.put_stream(key, _limited(chunks, max_bytes))
+        stored = await storage.put_stream(key, _limited(chunks, max_bytes), sha256=sha256)
+    except WrongDigest as error:
+        raise Problem(
+            Code.DIGEST_MISMATCH, "The upload is not what its digest says; nothing of it was kept."
+        ) from error
     except ClientDisconnect as error:
         raise Problem(Code.BAD_REQUEST, "The upload broke off; nothing of it was kept.") from error
     except StorageError as error:

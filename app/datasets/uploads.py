@@ -1,20 +1,19 @@
-"""What the headers of an upload say of its bytes."""
+"""What the headers of an upload say of its bytes (RFC 9530)."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-import hashlib
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 
 from app.errors import Code, Problem
 
 _SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]*):")
 
 
-def expected_digest(headers: Mapping[str, str]) -> bytes | None:
-    """The SHA-256 that the client announces (RFC 9530), if any. Refuses what would make the bytes other than they look."""
+def expected_sha256(headers: Mapping[str, str]) -> str | None:
+    """The SHA-256 that the client announces, if any, in hexadecimal; refuses what makes the bytes other than they look."""
     if "content-range" in headers:
         raise Problem(Code.BAD_REQUEST, "An upload is sent whole: a part of it cannot be put.")
     if headers.get("content-encoding", "identity").strip().lower() != "identity":
@@ -27,18 +26,8 @@ def expected_digest(headers: Mapping[str, str]) -> bytes | None:
     return next(iter(found), None)
 
 
-def _digests(header: str) -> list[bytes]:
+def _digests(header: str) -> list[str]:
     try:
-        return [base64.b64decode(value, validate=True) for value in _SHA256.findall(header)]
+        return [base64.b64decode(value, validate=True).hex() for value in _SHA256.findall(header)]
     except binascii.Error as error:
         raise Problem(Code.BAD_REQUEST, "The digest of this upload is not base64.") from error
-
-
-async def checked(chunks: AsyncIterator[bytes], expected: bytes | None) -> AsyncIterator[bytes]:
-    """The chunks; a problem behind the last of them where they are not those that were announced."""
-    digest = hashlib.sha256()
-    async for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
-    if expected is not None and digest.digest() != expected:
-        raise Problem(Code.DIGEST_MISMATCH, "The upload is not what its digest says; nothing of it was kept.")

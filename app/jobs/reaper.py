@@ -145,7 +145,7 @@ def sweep_orphans(database: SyncDatabase, storage: Storage, *, age: timedelta) -
         batch.clear()
         return len(orphans)
 
-    for prefix in ("jobs", "datasets"):
+    for prefix in ("jobs", "datasets", "readiness"):
         for key in storage.list_older(prefix, age):
             if _fence_of(key) in live:
                 continue

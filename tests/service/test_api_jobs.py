@@ -73,17 +73,8 @@ class TestCreate:
     @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
     @pytest.mark.parametrize("sharing", ["pair", "quad", "auto"])
     def test_heads_can_share_in_groups(self, client: TestClient, sharing: str) -> None:
-        response = client.post(
-            "/v1/jobs",
-            json={
-                "model": {"id": "org/model"},
-                "dataset": {"source": "self"},
-                "budget": {"metric": "kept", "value": 0.25},
-                "method": {"sharing": sharing},
-            },
-        )
-        assert response.status_code == 201
-        assert response.json()["spec"]["method"]["sharing"] == sharing
+        job = post_job(client, method={"sharing": sharing})
+        assert job["spec"]["method"]["sharing"] == sharing
 
     @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
     @pytest.mark.parametrize(
