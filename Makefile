@@ -55,7 +55,7 @@ bench-quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality --mixture --num-samples 192 --methods $(MIXED) --key-modes pre \
 		--out $(RESULTS)/quality-books-llama-31m-mixture.json $(ARGS)
 	$(BIN)/python -m benchmarks.quality ../shared/models/books-llama-29m --key-modes pre --kept 0.5,0.25 \
-		--methods eigen:tied,weighted:joint,oblique:joint $(ARGS)
+		--methods eigen:tied,eigen:joint,weighted:joint,oblique:joint,stiefel:tied,stiefel:tied:predictor $(ARGS)
 	$(BIN)/python -m benchmarks.report
 
 bench-ablation: $(STAMP)

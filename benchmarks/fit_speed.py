@@ -28,6 +28,7 @@ from orthokv.methods import METHODS
 from orthokv.pipeline import FitSettings
 from orthokv.profile import CANDIDATE_SHARES
 from orthokv.progress import PlainReporter
+from orthokv.refine import CHECKS
 from orthokv.source import resolve_device
 
 GIB = 1 << 30
@@ -71,11 +72,12 @@ SHAPES = {
 
 
 class Stopwatch:
-    """Seconds by phase, of functions as they are called by the product."""
+    """Seconds by phase, of functions as they are called by the product, and what each returned last."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = defaultdict(float)
+        self.returned: dict[str, Any] = {}
 
     def now(self) -> float:
         if self.device.type == "cuda":
@@ -88,10 +90,9 @@ class Stopwatch:
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = self.now()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                self.seconds[phase] += self.now() - start
+            self.returned[phase] = inner(*args, **kwargs)
+            self.seconds[phase] += self.now() - start
+            return self.returned[phase]
 
         setattr(owner, name, timed)
         try:
@@ -162,7 +163,10 @@ def measure(model: LlamaForCausalLM, shape: Shape, settings: FitSettings, *, who
         ):
             pipeline.build_profile(model, source, blocks, layers, settings, report)
     end = watch.now()
-    counts = _flop(shape, settings, len(model.model.layers), model, whole)
+    refined = 0
+    if "refinement" in watch.returned and settings.refinement is not None:
+        refined = (len(watch.returned["refinement"][1]) - 1) * settings.refinement.steps // CHECKS
+    counts = _flop(shape, settings, len(model.model.layers), refined)
     phases = {
         name: {
             "seconds": seconds,
@@ -177,6 +181,11 @@ def measure(model: LlamaForCausalLM, shape: Shape, settings: FitSettings, *, who
         "sequence_length": settings.sequence_length,
         "seconds": end - start,
         "seconds_fitting": fitted - start,
+        # Random weights have nothing to refine: the watch on other text ends the stage before all steps are done.
+        "refinement_steps": {
+            "done": refined,
+            "asked": settings.refinement.steps if settings.refinement else 0,
+        },
         "phases": phases,
         "peak_memory_gib": torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None,
     }
@@ -192,7 +201,7 @@ def _rate(flop: float | None, seconds: float) -> float | None:
     return None if flop is None or seconds == 0 else flop / seconds
 
 
-def _flop(shape: Shape, settings: FitSettings, layers: int, model: Any, whole: bool) -> dict[str, float]:
+def _flop(shape: Shape, settings: FitSettings, layers: int, refined: int) -> dict[str, float]:
     """What each phase asks of the layers' own arithmetic, a lower bound: bases, inverses and logits are not counted.
 
     A backward pass needs no gradients of weights: as much as a forward for linear maps, 2.5 times as much for attention.
@@ -208,10 +217,9 @@ def _flop(shape: Shape, settings: FitSettings, layers: int, model: Any, whole: b
         "learning": steps * both * layers,
         "error surface": surface,
     }
-    if whole and settings.refinement is not None:
+    if refined:
         # Each block goes through the uncompressed model once.
-        uncompressed = min(settings.refinement.steps, fitting) * forward
-        found["refinement"] = (settings.refinement.steps * both + uncompressed) * layers
+        found["refinement"] = (refined * both + min(refined, fitting) * forward) * layers
         found["error surface after the refinement"] = surface
     return found
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.make_model /tmp/llama-8b --tokenizer demo/demo-llama-3m
 
-writes the shape of Llama 3.1 8B (the default of every option) in bfloat16: 15 GiB in shards of one decoder layer each, of
-which one is in memory at a time. The same seed gives the same files. Figures of quality mean nothing on such a model; keys and
-values have falling spectra, as trained ones do, so that nothing degenerates.
+writes the shape of Llama 3.1 8B (the default of every option) in bfloat16: 15 GiB in shards of one decoder layer each, of which
+one is in memory at a time. The same seed on the same device gives the same files. Figures of quality mean nothing on such a
+model; keys and values have falling spectra, as trained ones do, so that nothing degenerates.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def parts(config: LlamaConfig, seed: int, dtype: torch.dtype) -> Iterator[dict[str, Tensor]]:
+def parts(config: LlamaConfig, seed: int, dtype: torch.dtype, device: str) -> Iterator[dict[str, Tensor]]:
     """The model's tensors, a shard's worth at a time: embeddings, each decoder layer, norm and head."""
     hidden, wide, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -32,17 +32,17 @@ def parts(config: LlamaConfig, seed: int, dtype: torch.dtype) -> Iterator[dict[s
     assert head_dim is not None
 
     def random(generator: torch.Generator, rows: int, columns: int, scale: float) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * scale).to(dtype)
+        return (torch.randn(rows, columns, generator=generator, device=device) * scale).to(dtype)
 
     def spectral(generator: torch.Generator, rows: int, columns: int) -> Tensor:
         """Singular values fall by a factor of ten, in directions that no single head owns."""
-        mixing = torch.linalg.qr(torch.randn(rows, rows, generator=generator))[0]
-        falling = torch.logspace(0.3, -0.7, rows).unsqueeze(1)
-        noise = torch.randn(rows, columns, generator=generator) * columns**-0.5
+        mixing = torch.linalg.qr(torch.randn(rows, rows, generator=generator, device=device))[0]
+        falling = torch.logspace(0.3, -0.7, rows, device=device).unsqueeze(1)
+        noise = torch.randn(rows, columns, generator=generator, device=device) * columns**-0.5
         product: Tensor = mixing @ (falling * noise)
         return product.to(dtype)
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     yield {"model.embed_tokens.weight": random(generator, config.vocab_size, hidden, 1.0)}
     for layer in range(config.num_hidden_layers):
         generator.manual_seed(seed * 100_003 + layer + 1)
@@ -66,7 +66,7 @@ def parts(config: LlamaConfig, seed: int, dtype: torch.dtype) -> Iterator[dict[s
     yield head
 
 
-def write_model(folder: Path, config: LlamaConfig, seed: int, dtype: str) -> int:
+def write_model(folder: Path, config: LlamaConfig, seed: int, dtype: str, device: str = "cpu") -> int:
     """Write configuration, shards and index into a new folder; returns the bytes of all weights."""
     folder.mkdir(parents=True)
     config.architectures = ["LlamaForCausalLM"]
@@ -75,7 +75,7 @@ def write_model(folder: Path, config: LlamaConfig, seed: int, dtype: str) -> int
     shards = config.num_hidden_layers + 2
     index: dict[str, str] = {}
     total = 0
-    for i, tensors in enumerate(parts(config, seed, DTYPES[dtype]), start=1):
+    for i, tensors in enumerate(parts(config, seed, DTYPES[dtype], device), start=1):
         name = f"model-{i:05d}-of-{shards:05d}.safetensors"
         save_file(tensors, folder / name, metadata={"format": "pt"})
         index |= dict.fromkeys(tensors, name)
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--tied", action="store_true", help="one matrix for the embeddings and the head")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where the numbers are drawn, e.g. cuda")
     parser.add_argument("--tokenizer", type=Path, help="a folder whose tokenizer files are copied")
     given = parser.parse_args()
     config = LlamaConfig(
@@ -114,7 +115,7 @@ def main() -> None:
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=given.tied,
     )
-    write_model(given.folder, config, given.seed, given.dtype)
+    write_model(given.folder, config, given.seed, given.dtype, given.device)
     if given.tokenizer is not None:
         for name in TOKENIZER_FILES:
             if (given.tokenizer / name).is_file():
