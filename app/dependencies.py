@@ -8,6 +8,7 @@ from fastapi import Depends, Query, Request
 
 from app.database import Database
 from app.jobs.dispatch import Dispatcher
+from app.jobs.waiting import JobWatch
 from app.pagination import Cursor, Order
 from app.settings import Settings
 from app.storage import Storage
@@ -33,6 +34,11 @@ def _dispatcher(request: Request) -> Dispatcher:
     return dispatcher
 
 
+def _watch(request: Request) -> JobWatch:
+    watch: JobWatch = request.app.state.watch
+    return watch
+
+
 def _cursor(
     after: Annotated[
         str | None, Query(max_length=40, description="`last_id` of the page before this one.")
@@ -47,4 +53,5 @@ Db = Annotated[Database, Depends(_database)]
 Store = Annotated[Storage, Depends(_storage)]
 Config = Annotated[Settings, Depends(_settings)]
 Hints = Annotated[Dispatcher, Depends(_dispatcher)]
+Watch = Annotated[JobWatch, Depends(_watch)]
 PageCursor = Annotated[Cursor, Depends(_cursor)]

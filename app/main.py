@@ -23,6 +23,7 @@ from app.database import Database, SyncDatabase
 from app.events.routes import StreamSlots
 from app.jobs.dispatch import make_dispatcher
 from app.jobs.reaper import Reaper
+from app.jobs.waiting import JobWatch
 from app.middleware import LocalOnly, PlainQueries, RequestIds
 from app.openapi import API_VERSION, describe
 from app.settings import Settings
@@ -40,6 +41,7 @@ async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
     settings: Settings = api.state.settings
     url = settings.resolved_database_url
     api.state.database = Database(url)
+    api.state.watch = JobWatch(api.state.database, settings.poll_seconds)
     api.state.storage = open_storage(settings)
     api.state.dispatcher = make_dispatcher(settings)
     repairs = SyncDatabase(url)
@@ -48,6 +50,7 @@ async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        await api.state.watch.close()
         await to_thread.run_sync(reaper.stop)
         await to_thread.run_sync(api.state.dispatcher.close)
         repairs.close()

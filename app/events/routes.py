@@ -10,7 +10,7 @@ from fastapi.sse import EventSourceResponse
 
 from app.accept import prefers
 from app.auth.dependency import JobsRead, guarded
-from app.dependencies import Config, Db
+from app.dependencies import Config, Db, Watch
 from app.errors import Code, Problem
 from app.events import service
 from app.events.schemas import EventPage
@@ -62,6 +62,7 @@ async def events(
     job_id: JobId,
     principal: JobsRead,
     db: Db,
+    watch: Watch,
     settings: Config,
     after: Annotated[
         int, Query(ge=0, le=LARGEST_NUMBER, description="The number of the last event seen.")
@@ -86,11 +87,11 @@ async def events(
         return Response(status_code=204)  # tells an EventSource not to come back
     chunks = service.stream(
         db,
+        watch,
         job_id=job_id,
         principal=principal,
         first=first,
         after=after,
-        poll_seconds=settings.poll_seconds,
         max_seconds=settings.max_stream_seconds,
     )
     return EventSourceResponse(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
@@ -18,6 +17,7 @@ from app.events import repository
 from app.events.schemas import Event, EventPage
 from app.jobs.repository import find_version
 from app.jobs.vocabulary import TERMINAL
+from app.jobs.waiting import JobWatch
 
 _BATCH = 100
 _RETRY_MILLISECONDS = 5_000
@@ -53,34 +53,41 @@ def next_batch(
 
 async def stream(
     database: Database,
+    watch: JobWatch,
     *,
     job_id: str,
     principal: Principal,
     first: Batch,
     after: int,
-    poll_seconds: float,
     max_seconds: float,
 ) -> AsyncIterator[bytes]:
     """Events in the wire format of server-sent events, until the job has ended or the time is up.
 
     A stream outlives the key that opened it by `max_seconds` at most: its client has to come back with one.
-    Every look at the database is a transaction of its own: a waiting stream holds no connection.
+    A waiting stream asks the database for nothing: one look of the watch serves all streams of the process.
     """
-    batch, spoke_at = first, time.monotonic()
-    deadline = spoke_at + max_seconds
+    batch = first
+    deadline = time.monotonic() + max_seconds
     while True:
         for event in batch.events:
             after = event.seq
-            spoke_at = time.monotonic()
             data = json.dumps(event.model_dump(mode="json"), separators=(",", ":"))
             yield format_sse_event(
                 data_str=data, event=event.type, id=str(event.seq), retry=_RETRY_MILLISECONDS
             )
         if batch.last or time.monotonic() >= deadline:
             return
-        if time.monotonic() - spoke_at > _KEEPALIVE_SECONDS:
-            spoke_at = time.monotonic()
-            yield KEEPALIVE_COMMENT
         if len(batch.events) < _BATCH:
-            await asyncio.sleep(poll_seconds)
+            while not await _is_news(
+                watch, job_id, after, min(_KEEPALIVE_SECONDS, deadline - time.monotonic())
+            ):
+                if time.monotonic() >= deadline:
+                    return
+                yield KEEPALIVE_COMMENT
         batch = await database.read(next_batch, job_id=job_id, principal=principal, after=after)
+
+
+async def _is_news(watch: JobWatch, job_id: str, after: int, seconds: float) -> bool:
+    return await watch.wait(
+        job_id, lambda now: now.event_seq > after or now.status in TERMINAL, seconds=seconds
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import Select, func, select, update
 from sqlalchemy.orm import Session, aliased
@@ -34,6 +35,21 @@ def get_version(session: Session, job_id: str) -> tuple[int, str] | None:
     """Version and status alone, of a job of any project: what a heartbeat asks for."""
     row = session.execute(select(Job.version, Job.status).where(Job.id == job_id)).one_or_none()
     return None if row is None else (row[0], row[1])
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How far a job is: what those who wait for it compare."""
+
+    version: int
+    event_seq: int
+    status: str
+
+
+def moments(session: Session, job_ids: Sequence[str]) -> dict[str, Moment]:
+    """Of jobs of any project: for those that a route has already found in the client's own."""
+    statement = select(Job.id, Job.version, Job.event_seq, Job.status).where(Job.id.in_(job_ids))
+    return {row[0]: Moment(*row[1:]) for row in session.execute(statement)}
 
 
 def find_version(session: Session, job_id: str, *, project_id: str) -> tuple[int, str] | None:

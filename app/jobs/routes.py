@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from app.auth.dependency import JobsRead, JobsWrite, guarded
-from app.dependencies import Config, Db, Hints, PageCursor
+from app.dependencies import Config, Db, Hints, PageCursor, Watch
 from app.errors import Code
 from app.etags import matches
 from app.idempotency.dependency import CREATION_CODES, Once
@@ -105,6 +105,7 @@ async def get(
     response: Response,
     principal: JobsRead,
     db: Db,
+    watch: Watch,
     settings: Config,
     wait: Annotated[
         float, Query(ge=0, le=60, description="Seconds to wait for a change before answering.")
@@ -123,11 +124,11 @@ async def get(
         if_version = int(seen[1])
     job = await wait_for_change(
         db,
+        watch,
         job_id=job_id,
         principal=principal,
         wait_seconds=min(wait, settings.max_wait_seconds),
         if_version=if_version,
-        poll_seconds=settings.poll_seconds,
     )
     etag = f'"v{job.version}"'
     headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
