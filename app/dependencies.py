@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
+from app.audit.window import NotedOnce
 from app.database import Database
 from app.jobs.dispatch import Dispatcher
 from app.pagination import Cursor, Order
@@ -33,6 +34,11 @@ def _dispatcher(request: Request) -> Dispatcher:
     return dispatcher
 
 
+def _downloads(request: Request) -> NotedOnce:
+    downloads: NotedOnce = request.app.state.downloads
+    return downloads
+
+
 def _cursor(
     after: Annotated[
         str | None, Query(max_length=40, description="`last_id` of the page before this one.")
@@ -46,5 +52,6 @@ def _cursor(
 Db = Annotated[Database, Depends(_database)]
 Store = Annotated[Storage, Depends(_storage)]
 Config = Annotated[Settings, Depends(_settings)]
+Downloads = Annotated[NotedOnce, Depends(_downloads)]
 Hints = Annotated[Dispatcher, Depends(_dispatcher)]
 PageCursor = Annotated[Cursor, Depends(_cursor)]
