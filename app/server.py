@@ -32,7 +32,6 @@ def serve(api: FastAPI, listening: socket.socket, *, host: str, announce: Callab
     config = uvicorn.Config(
         api,
         http=ZeroCopyProtocol,
-        loop="asyncio",  # which can send files; uvloop cannot
         log_level="warning",
         access_log=False,
         server_header=False,
