@@ -102,7 +102,9 @@ class _Copy:
         try:
             if self._cycle.disconnected:
                 raise ConnectionResetError
-            sent = os.sendfile(self._socket, self._file, self._offset, min(PART_BYTES, self._end - self._offset))
+            sent = os.sendfile(
+                self._socket, self._file, self._offset, min(PART_BYTES, self._end - self._offset)
+            )
             if sent == 0:
                 raise EOFError
         except BlockingIOError:

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from itertools import pairwise
 from urllib.parse import urlsplit
 
 BUFFER_BYTES = 1 << 20
@@ -51,7 +52,7 @@ def read(url: str, size: int, connections: int) -> float:
         except BaseException as failure:
             failures.append(failure)
 
-    threads = [threading.Thread(target=one, args=ends) for ends in zip(bounds, bounds[1:], strict=False)]
+    threads = [threading.Thread(target=one, args=ends) for ends in pairwise(bounds)]
     began = time.perf_counter()
     for thread in threads:
         thread.start()

@@ -108,7 +108,17 @@ def make_artifact(data: Path, size: int) -> tuple[str, Path]:
 @contextlib.contextmanager
 def api(data: Path) -> Iterator[tuple[str, int]]:
     """The product's own server; its URL and process id."""
-    command = [sys.executable, "-m", "orthokv.cli", "serve", "--data", str(data), "--port", "0", "--no-worker"]
+    command = [
+        sys.executable,
+        "-m",
+        "orthokv.cli",
+        "serve",
+        "--data",
+        str(data),
+        "--port",
+        "0",
+        "--no-worker",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
@@ -184,7 +194,11 @@ class Watch:
 
 
 def machine() -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if "model name" in line
+    ]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
@@ -237,7 +251,9 @@ def measure(size: int, rounds: int, program: str, folder: Path) -> dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bytes", type=int, default=2 << 30)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--nginx", default=shutil.which("nginx") or "/usr/sbin/nginx", help="the program")

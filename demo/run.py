@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from app.client import Client
 from rich.console import Console
 
-from app.client import Client
 from orthokv.allocate import allocate
 from orthokv.budget import Budget
 from orthokv.checkpoint import read_checkpoint

@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from app.cli import OURS, _exit_code, jobs
 from app.jobs.vocabulary import JobErrorCode
-from app.watch import show
+from orthokv.client.cli import OURS, _exit_code, jobs
+from orthokv.client.watch import show
 from tests.server import REPOSITORY, Server
 from tests.service.factories import Script
 
