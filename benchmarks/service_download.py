@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ import httpx2
 import psutil
 from sqlalchemy.orm import Session
 
+from app.artifacts.models import Artifact
 from app.auth.principal import local_principal
 from app.database import SyncDatabase
 from app.jobs import service
@@ -98,8 +100,6 @@ def make_artifact(data: Path, size: int) -> tuple[str, Path]:
     run([], {"model": {"id": "org/model", "revision": "r", "digest": "d"}, "geometry": {"layers": 1}})
     large = Produced("blocks.safetensors", key, size, digest.hexdigest(), "application/octet-stream")
     run([large], {"dataset": {"digest": "d"}})
-    from app.artifacts.models import Artifact
-
     artifact_id = database.read(lambda session: session.query(Artifact).one().id)
     database.close()
     return artifact_id, path
@@ -133,8 +133,6 @@ def api(data: Path) -> Iterator[tuple[str, int]]:
 @contextlib.contextmanager
 def nginx(program: str, root: Path, folder: Path) -> Iterator[str]:
     """nginx on the same file; its URL."""
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -215,10 +213,9 @@ def measure(size: int, rounds: int, program: str, folder: Path) -> dict[str, Any
         for warm in (ours, theirs):
             timed(warm, min(size, 64 << 20), 1)
         before = psutil.Process(pid).memory_info().rss
-        rows = []
+        rows: list[dict[str, Any]] = []
         for connections in CONNECTIONS:
             speeds: dict[str, list[float]] = {ours: [], theirs: []}
-            peak, slowest = 0, []
             for number in range(rounds):
                 for target in (ours, theirs) if number % 2 else (theirs, ours):
                     speeds[target].append(timed(target, size, connections))

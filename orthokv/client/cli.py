@@ -21,7 +21,7 @@ from rich.console import Console
 
 from orthokv.client import models
 from orthokv.client.errors import ApiError, ClientError
-from orthokv.client.protocol import DEFAULT_URL, is_api_key
+from orthokv.client.protocol import DEFAULT_URL, Retry, is_api_key
 from orthokv.client.synchronous import OrthoKV
 from orthokv.client.watch import DownloadBar, show, summary
 
@@ -100,7 +100,7 @@ def _api_key(file: Path | None) -> str | None:
 def _connected(url: str, key_file: Path | None) -> Iterator[OrthoKV]:
     """A client whose failures become one line and an exit code."""
     try:
-        with OrthoKV(url, api_key=_api_key(key_file)) as client:
+        with OrthoKV(url, api_key=_api_key(key_file), retry=Retry(attempts=3)) as client:
             yield client
     except ApiError as error:
         raise _stop(str(error), BAD_INPUT if error.status < 500 else FAILED) from error
@@ -310,7 +310,7 @@ def _default_sequence_length(folder: Path) -> int:
     except (OSError, ValueError):
         return DEFAULT_SEQUENCE_LENGTH  # a model of the hub, or none: the service finds out
     places = [config, config.get("text_config")] if isinstance(config, dict) else []
-    lengths = [
+    lengths: list[int] = [
         place[name]
         for place in places
         for name in _CONTEXT_FIELDS

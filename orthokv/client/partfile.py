@@ -25,9 +25,9 @@ _READ_BYTES = 1 << 20
 class PartFile:
     """The unfinished file of `target`. Segments are written by a thread each; the rest is for one thread."""
 
-    def __init__(self, target: Path, *, size: int, sha256: str, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(self, target: Path, *, size: int, sha256: str, segment_bytes: int | None = None) -> None:
         self.target, self.size, self._sha256 = target, size, sha256
-        self._segment_bytes = segment_bytes
+        self._segment_bytes = segment_bytes = segment_bytes or SEGMENT_BYTES
         # Another file, or one cut otherwise, has another name.
         self.path = target.with_name(f".{target.name}.{sha256[:16]}.{segment_bytes}.part")
         self.segments = -(-size // segment_bytes)
