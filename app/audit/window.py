@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Hashable
+from time import monotonic as now
 from typing import TypeVar
 
 Found = TypeVar("Found")
@@ -44,10 +44,10 @@ class NotedOnce:
 
     def _is_noted(self, act: Hashable) -> bool:
         at = self._noted.get(act)
-        return at is not None and time.monotonic() - at < self._seconds
+        return at is not None and now() - at < self._seconds
 
     def _remember(self, act: Hashable) -> None:
         self._noted.pop(act, None)  # the order of the dictionary is that of the notes
-        self._noted[act] = time.monotonic()
+        self._noted[act] = now()
         if len(self._noted) > self._limit:
             del self._noted[next(iter(self._noted))]

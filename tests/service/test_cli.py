@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -240,6 +241,36 @@ def test_bad_input_is_one_line_and_exit_code_2(server: Server, arguments: list[s
     assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def python_examples(document: str) -> list[str]:
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for block in blocks if "orthokv.client" in block]
+
+
+@pytest.mark.parametrize(("document", "examples"), [("docs/service.md", 2), ("README.md", 1)])
+def test_the_documents_examples_run_as_they_stand(
+    server: Server, tmp_path: Path, document: str, examples: int
+) -> None:
+    """Pasted into files, in a folder with a calibration file; the README's names its server, so that is replaced."""
+    (tmp_path / "calibration.txt").write_text("some text")
+    (tmp_path / "demo").symlink_to(REPOSITORY / "demo")
+    found = python_examples(document)
+    assert len(found) == examples
+    for number, block in enumerate(found):
+        (tmp_path / f"{number}.py").write_text(block.replace("http://127.0.0.1:8000", server.url))
+        done = subprocess.run(
+            [sys.executable, f"{number}.py"],
+            cwd=tmp_path,
+            env={**os.environ, "ORTHOKV_URL": server.url},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoint" / "orthokv.safetensors").is_file()
 
 
 def test_no_server_is_exit_code_1() -> None:
