@@ -131,8 +131,8 @@ def api(data: Path) -> Iterator[tuple[str, int]]:
 
 
 @contextlib.contextmanager
-def nginx(program: str, root: Path, folder: Path) -> Iterator[str]:
-    """nginx on the same file; its URL."""
+def nginx(program: str, root: Path, folder: Path) -> Iterator[tuple[str, int]]:
+    """nginx on the same file; its URL and process id."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -151,7 +151,7 @@ def nginx(program: str, root: Path, folder: Path) -> Iterator[str]:
                     time.sleep(0.05)
             else:
                 sys.exit("nginx did not start")
-            yield url
+            yield url, process.pid
         finally:
             process.terminate()
 
@@ -163,6 +163,12 @@ def timed(url: str, size: int, connections: int) -> float:
     if done.returncode:
         sys.exit(f"reading {url} failed: {done.stderr}")
     return size / float(done.stdout)
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a server's processes have spent so far."""
+    process = psutil.Process(pid)
+    return sum(sum(one.cpu_times()[:2]) for one in (process, *process.children()))
 
 
 class Watch:
@@ -208,7 +214,10 @@ def machine() -> dict[str, Any]:
 
 def measure(size: int, rounds: int, program: str, folder: Path) -> dict[str, Any]:
     artifact_id, path = make_artifact(folder / "data", size)
-    with api(folder / "data") as (url, pid), nginx(program, path.parent, folder / "nginx") as other:
+    with (
+        api(folder / "data") as (url, pid),
+        nginx(program, path.parent, folder / "nginx") as (other, nginx_pid),
+    ):
         ours, theirs = f"{url}/v1/artifacts/{artifact_id}/content", f"{other}/{path.name}"
         for warm in (ours, theirs):
             timed(warm, min(size, 64 << 20), 1)
@@ -216,9 +225,13 @@ def measure(size: int, rounds: int, program: str, folder: Path) -> dict[str, Any
         rows: list[dict[str, Any]] = []
         for connections in CONNECTIONS:
             speeds: dict[str, list[float]] = {ours: [], theirs: []}
+            spent: dict[str, list[float]] = {ours: [], theirs: []}
             for number in range(rounds):
                 for target in (ours, theirs) if number % 2 else (theirs, ours):
+                    server = pid if target == ours else nginx_pid
+                    began = cpu_seconds(server)
                     speeds[target].append(timed(target, size, connections))
+                    spent[target].append((cpu_seconds(server) - began) / (size / 2**30))
             # Apart from the timed rounds: who watches takes time from the two cores.
             with Watch(url, pid) as watch:
                 timed(ours, size, connections)
@@ -232,6 +245,8 @@ def measure(size: int, rounds: int, program: str, folder: Path) -> dict[str, Any
                     "nginx_mb_per_second": round(nginx_speed / 1e6),
                     "ratio_of_medians": round(api_speed / nginx_speed, 3),
                     "median_of_ratios": round(statistics.median(ratios), 3),
+                    "api_cpu_seconds_per_gib": round(statistics.median(spent[ours]), 3),
+                    "nginx_cpu_seconds_per_gib": round(statistics.median(spent[theirs]), 3),
                     "memory_growth_mib": round((peak - before) / 2**20, 1),
                     "slowest_livez_ms": round(1000 * slowest, 1),
                 }
@@ -241,6 +256,7 @@ def measure(size: int, rounds: int, program: str, folder: Path) -> dict[str, Any
     return {
         "bytes": size,
         "rounds": rounds,
+        "load_average": round(os.getloadavg()[0], 1),
         "memory_before_mib": round(before / 2**20, 1),
         "memory_left_mib": round(grown, 1),
         "rows": rows,
@@ -271,11 +287,14 @@ def main() -> None:
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     document = {"machine": machine(), "nginx": version, **found, "gates": gates}
     asked.out.write_text(json.dumps(document, indent=2) + "\n")
-    print("connections  API MB/s  nginx MB/s  ratio  memory growth MiB  slowest /livez ms")
+    print(
+        "connections  API MB/s  nginx MB/s  ratio  CPU s/GiB: API  nginx  memory growth MiB  slowest /livez ms"
+    )
     for row in rows:
         print(
             f"{row['connections']:>11}  {row['api_mb_per_second']:>8}  {row['nginx_mb_per_second']:>10}  "
-            f"{row['median_of_ratios']:>5}  {row['memory_growth_mib']:>17}  {row['slowest_livez_ms']:>17}"
+            f"{row['median_of_ratios']:>5}  {row['api_cpu_seconds_per_gib']:>14}  "
+            f"{row['nginx_cpu_seconds_per_gib']:>5}  {row['memory_growth_mib']:>17}  {row['slowest_livez_ms']:>17}"
         )
     missed = gates["share_of_nginx"] < MIN_SHARE or gates["memory_growth_mib"] >= MAX_GROWTH_BYTES >> 20
     sys.exit(1 if missed else 0)

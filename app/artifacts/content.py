@@ -34,7 +34,7 @@ class _Conditions:
         return self.method == "GET" and not matches(self.if_none_match, etag(artifact))
 
 
-def _conditions(
+async def _conditions(
     request: Request,
     range: Annotated[str | None, Header(description="One byte range; several are answered in full.")] = None,
     if_range: Annotated[str | None, Header()] = None,
