@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-crash check bench-quality bench-ablation format openapi table clean
+.PHONY: help install demo test test-crash check bench-quality bench-ablation bench-download format openapi client table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,8 +14,10 @@ help:
 	@echo "make check    lint, types, import rules, OpenAPI, support table, migrations, images and manifests"
 	@echo "make bench-quality   every method on the bench models: JSON, tables, plots (needs ../shared; hours on a CPU)"
 	@echo "make bench-ablation  what each ingredient of the fit is worth, on the same model"
+	@echo "make bench-download  artifact downloads beside nginx on the same file (needs nginx)"
 	@echo "make format   rewrite sources as the linter wants them"
-	@echo "make openapi  write openapi.json from the code"
+	@echo "make openapi  write openapi.json from the code, and the client's models from that"
+	@echo "make client   write the generated parts of orthokv/client"
 	@echo "make table    write the support table in docs/architectures.md from the registry and the tests"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -41,6 +43,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m app.openapi --check
+	$(BIN)/python -m tests.client_sources --check
 	$(BIN)/python -m tests.support_table --check
 	$(BIN)/python -m app.migrate --check
 	$(BIN)/yamllint --strict -c .yamllint.yml .yamllint.yml docker-compose.yml deploy
@@ -68,6 +71,13 @@ format: $(STAMP)
 
 openapi: $(STAMP)
 	$(BIN)/python -m app.openapi
+	$(BIN)/python -m tests.client_sources
+
+client: $(STAMP)
+	$(BIN)/python -m tests.client_sources
+
+bench-download: $(STAMP)
+	$(BIN)/python -m benchmarks.service_download $(ARGS)
 
 table: $(STAMP)
 	$(BIN)/python -m tests.support_table

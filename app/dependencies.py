@@ -1,4 +1,7 @@
-"""What routes ask for: the settings, the database, the store, the page."""
+"""What routes ask for: the settings, the database, the store, the page.
+
+All are coroutines, though none waits: FastAPI runs a plain function in a thread, which costs more than what it does here.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
+from app.audit.window import NotedOnce
 from app.database import Database
 from app.jobs.dispatch import Dispatcher
 from app.jobs.waiting import JobWatch
@@ -14,32 +18,37 @@ from app.settings import Settings
 from app.storage import Storage
 
 
-def _settings(request: Request) -> Settings:
+async def _settings(request: Request) -> Settings:
     settings: Settings = request.app.state.settings
     return settings
 
 
-def _database(request: Request) -> Database:
+async def _database(request: Request) -> Database:
     database: Database = request.app.state.database
     return database
 
 
-def _storage(request: Request) -> Storage:
+async def _storage(request: Request) -> Storage:
     storage: Storage = request.app.state.storage
     return storage
 
 
-def _dispatcher(request: Request) -> Dispatcher:
+async def _dispatcher(request: Request) -> Dispatcher:
     dispatcher: Dispatcher = request.app.state.dispatcher
     return dispatcher
 
 
-def _watch(request: Request) -> JobWatch:
+async def _watch(request: Request) -> JobWatch:
     watch: JobWatch = request.app.state.watch
     return watch
 
 
-def _cursor(
+async def _downloads(request: Request) -> NotedOnce:
+    downloads: NotedOnce = request.app.state.downloads
+    return downloads
+
+
+async def _cursor(
     after: Annotated[
         str | None, Query(max_length=40, description="`last_id` of the page before this one.")
     ] = None,
@@ -52,6 +61,7 @@ def _cursor(
 Db = Annotated[Database, Depends(_database)]
 Store = Annotated[Storage, Depends(_storage)]
 Config = Annotated[Settings, Depends(_settings)]
+Downloads = Annotated[NotedOnce, Depends(_downloads)]
 Hints = Annotated[Dispatcher, Depends(_dispatcher)]
 Watch = Annotated[JobWatch, Depends(_watch)]
 PageCursor = Annotated[Cursor, Depends(_cursor)]

@@ -18,6 +18,7 @@ import app.health
 import app.jobs.routes
 import app.profiles.routes
 from app import errors
+from app.audit.window import NotedOnce
 from app.auth.rate import RateLimit
 from app.database import Database, SyncDatabase
 from app.events.routes import StreamSlots
@@ -69,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
     )
     api.state.settings = settings
     api.state.streams = StreamSlots(settings.max_event_streams)
+    api.state.downloads = NotedOnce()
     api.state.rate_limit = RateLimit(settings.rate_limit_requests, settings.rate_limit_window_seconds)
     errors.install(api)
     api.add_middleware(PlainQueries)

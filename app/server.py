@@ -11,6 +11,8 @@ from typing import NoReturn
 import uvicorn
 from fastapi import FastAPI
 
+from app.sendfile import ZeroCopyProtocol
+
 
 class _AnnouncingServer(uvicorn.Server):
     """Calls back once requests are accepted."""
@@ -29,6 +31,7 @@ def serve(api: FastAPI, listening: socket.socket, *, host: str, announce: Callab
     """Serve on a bound socket until SIGINT or SIGTERM, and announce the URL."""
     config = uvicorn.Config(
         api,
+        http=ZeroCopyProtocol,
         log_level="warning",
         access_log=False,
         server_header=False,

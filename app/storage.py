@@ -14,11 +14,12 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import obstore
+from anyio import to_thread
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store, from_url
 
@@ -45,6 +46,19 @@ class Stored:
 
     bytes: int
     sha256: str
+
+
+class Opened:
+    """An object while some of its bytes are read. `size` is that of the whole object."""
+
+    def __init__(self, size: int, chunks: AsyncIterator[bytes], file: BinaryIO | None = None) -> None:
+        self.size = size
+        self.chunks = chunks
+        self.file = file  # of a local store: it can be sent without reading it
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
 
 class Storage:
@@ -137,13 +151,20 @@ class Storage:
         if digest_file(path).sha256 != sha256:
             raise StorageError(f"{Path(key).name} in the store is not the file that was committed")
 
-    async def read(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
-        """Bytes `start` to `end`, exclusive, in chunks."""
-        if start == end:
-            return
-        result = await obstore.get_async(self._store, key, options={"range": (start, end)})
-        async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
-            yield bytes(chunk)
+    async def open(self, key: str, start: int, end: int) -> Opened | None:
+        """An object for reading its bytes `start` to `end`, exclusive; None where there is no such object."""
+        try:
+            if self._root is not None:
+                return await to_thread.run_sync(_open_local, self._root / key, start, end)
+            if start == end:  # no bucket knows an empty range
+                size = await self.size(key)
+                return None if size is None else Opened(size, _nothing())
+            result = await obstore.get_async(self._store, key, options={"range": (start, end)})
+        except FileNotFoundError:
+            return None
+        except (BaseError, OSError) as error:
+            raise StorageError(_first_line(error)) from error
+        return Opened(int(result.meta["size"]), _received(result))
 
     async def size(self, key: str) -> int | None:
         """Bytes of an object; None when there is none."""
@@ -213,6 +234,31 @@ class Storage:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _open_local(path: Path, start: int, end: int) -> Opened:
+    file = path.open("rb", buffering=0)
+    return Opened(os.fstat(file.fileno()).st_size, _read_local(file, start, end), file)
+
+
+async def _read_local(file: BinaryIO, start: int, end: int) -> AsyncIterator[bytes]:
+    while start < end:
+        chunk = await to_thread.run_sync(os.pread, file.fileno(), min(CHUNK_BYTES, end - start), start)
+        if not chunk:
+            raise StorageError("an object became shorter while it was read")
+        start += len(chunk)
+        yield chunk
+
+
+async def _received(result: Any) -> AsyncIterator[bytes]:
+    async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+        yield bytes(chunk)
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    empty: tuple[bytes, ...] = ()
+    for chunk in empty:
+        yield chunk
 
 
 def open_storage(settings: Settings) -> Storage:

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from app.client import Client
 from orthokv.allocate import allocate
 from orthokv.budget import Budget
 from orthokv.checkpoint import read_checkpoint
 from orthokv.cli import TABLE_COLUMNS
+from orthokv.client import OrthoKV
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.dataset import TextSource, self_text
 from orthokv.pipeline import FitSettings, evaluate_checkpoint, load, prepare_blocks
@@ -132,14 +132,14 @@ def main() -> None:
             "--wait",
             *settings,
         )
-        with Client(url) as client:
-            job = client.call("GET", "/v1/jobs", params={"limit": 1})["data"][0]
+        with OrthoKV(url) as client:
+            job = next(client.jobs.list())
             say("3. Download the profile and the checkpoint")
             half = OUT / "checkpoint-50"
             orthokv(
                 "jobs",
                 "download",
-                job["id"],
+                job.id,
                 "--out",
                 str(half),
                 "--profile",
@@ -150,12 +150,13 @@ def main() -> None:
 
             say("4. A second budget from the stored profile: no fitting")
             began = time.monotonic()
-            profile_id = job["result"]["profile_id"]
+            assert job.result is not None
+            assert job.result.profile_id is not None
             body = {"budget": {"metric": "kept", "value": SECOND_BUDGET}}
-            second = client.call("POST", f"/v1/profiles/{profile_id}/checkpoints", json=body)
-            orthokv("jobs", "watch", second["id"], "--url", url)
+            second = client.profiles.create_checkpoint(job.result.profile_id, body)
+            orthokv("jobs", "watch", second.id, "--url", url)
             quarter = OUT / "checkpoint-25"
-            orthokv("jobs", "download", second["id"], "--out", str(quarter), "--url", url)
+            orthokv("jobs", "download", second.id, "--out", str(quarter), "--url", url)
             console.print(f"ready after {time.monotonic() - began:.1f} s", highlight=False)
 
     say("5. Load the checkpoint in a fresh process and generate")

@@ -39,12 +39,10 @@ from orthokv.digests import SUMS, read_sums, sums_of, verify_files
 from orthokv.errors import CheckpointMismatch, InvalidCheckpoint, InvalidSetting, StorageError
 from orthokv.fingerprint import DTYPES
 from orthokv.geometry import AttentionGeometry, held_tokens
+from orthokv.naming import CARD, CONFIG, FORMAT_VERSION, QUANT_METHOD, TENSORS
 from orthokv.profile import ErrorProfile, read_json, read_safetensors
 from orthokv.source import ModelSource
 
-FORMAT_VERSION = 1
-CONFIG, TENSORS, CARD = "orthokv.json", "orthokv.safetensors", "README.md"
-QUANT_METHOD = "orthokv"
 FORMS = ("adapter", "full")
 Form = Literal["adapter", "full"]
 _REQUIRED: dict[str, dict[str, type | tuple[type, ...]]] = {

@@ -458,8 +458,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Verify every file of a checkpoint or profile and show what is in it."""
-    from orthokv.checkpoint import CONFIG, read_checkpoint
+    from orthokv.checkpoint import read_checkpoint
     from orthokv.digests import verify_files
+    from orthokv.naming import CONFIG
     from orthokv.profile import ErrorProfile
     from orthokv.tables import profile_table
 
@@ -589,8 +590,9 @@ def _add_commands() -> None:
         except ModuleNotFoundError as error:
             missing = error.name
             # The library may be installed without the service's extras: say so when the command is used.
-            app.command(entry.name, help=f"Needs the extra orthokv[server] ({missing} is not installed).")(
-                _unavailable(entry.name, missing)
+            extra = "client" if entry.module.startswith("orthokv.client") else "server"
+            app.command(entry.name, help=f"Needs the extra orthokv[{extra}] ({missing} is not installed).")(
+                _unavailable(entry.name, extra, missing)
             )
             continue
         if isinstance(command, typer.Typer):
@@ -599,12 +601,12 @@ def _add_commands() -> None:
             app.command(entry.name)(command)
 
 
-def _unavailable(name: str, missing: str | None) -> Any:
+def _unavailable(name: str, extra: str, missing: str | None) -> Any:
     def command() -> None:
         from orthokv.errors import InvalidSetting
 
         raise InvalidSetting(
-            f"'orthokv {name}' needs pip install 'orthokv[server]' ({missing} is not installed)"
+            f"'orthokv {name}' needs pip install 'orthokv[{extra}]' ({missing} is not installed)"
         )
 
     return command

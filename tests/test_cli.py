@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orthokv import __version__
-from orthokv.checkpoint import CONFIG, TENSORS, read_checkpoint
+from orthokv.checkpoint import read_checkpoint
 from orthokv.cli import main
 from orthokv.digests import verify_files
+from orthokv.naming import CONFIG, TENSORS
 from orthokv.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
 from tests.tiny import tiny_folder, tiny_text
 

@@ -21,7 +21,6 @@ from orthokv.allocate import check_reachable
 from orthokv.budget import Budget
 from orthokv.capture import spilled_to
 from orthokv.checkpoint import (
-    CONFIG,
     is_storage_failure,
     read_checkpoint,
     record_measurements,
@@ -30,6 +29,7 @@ from orthokv.checkpoint import (
 from orthokv.dataset import Blocks, TextMixture, TextSource
 from orthokv.errors import BudgetUnreachable, OrthoKVError
 from orthokv.geometry import check_key_mode
+from orthokv.naming import CONFIG
 from orthokv.pipeline import (
     FitSettings,
     build_profile,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
@@ -11,7 +12,7 @@ from app.artifacts import service
 from app.artifacts.content import Conditions, content, elsewhere
 from app.artifacts.schemas import Artifact
 from app.auth.dependency import ArtifactsRead, guarded
-from app.dependencies import Config, Db, Store
+from app.dependencies import Config, Db, Downloads, Store
 from app.errors import Code
 from app.ids import id_pattern
 
@@ -46,9 +47,14 @@ async def get_content(
     store: Store,
     settings: Config,
     conditions: Conditions,
+    downloads: Downloads,
 ) -> Response:
     """The bytes. `Repr-Digest` and the strong ETag are of the whole file, whatever part is sent."""
-    artifact, object_key = await db.write(service.hand_out, artifact_id=artifact_id, principal=principal)
+    artifact, object_key = await downloads.run(
+        (principal.project_id, principal.actor, artifact_id),
+        first=partial(db.write, service.hand_out, artifact_id=artifact_id, principal=principal),
+        again=partial(db.read, service.locate, artifact_id=artifact_id, principal=principal),
+    )
     if settings.signed_download_seconds is not None and conditions.wants_bytes(artifact):
         return await elsewhere(store, object_key, seconds=settings.signed_download_seconds)
     return await content(store, artifact, object_key, conditions)

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 from orthokv.attention import Bases, Seam, seam_of
 from orthokv.basis import Basis
-from orthokv.checkpoint import CONFIG, QUANT_METHOD, TENSORS, Checkpoint, read_checkpoint
+from orthokv.checkpoint import Checkpoint, read_checkpoint
 from orthokv.codecs import store_dtype
 from orthokv.digests import SUMS
 from orthokv.errors import CheckpointMismatch, InvalidCheckpoint, InvalidSetting
 from orthokv.fingerprint import matches
 from orthokv.geometry import AttentionGeometry, attention_modules
+from orthokv.naming import CONFIG, QUANT_METHOD, TENSORS
 
 log = logging.getLogger("orthokv")
 

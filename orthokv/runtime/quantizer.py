@@ -2,21 +2,25 @@
 
 The weights are those of the base model and load as usual; the bases sit in a side file that plain engines ignore, so a
 program without this import gets the uncompressed model, with a warning from ``transformers``.
+
+This module is imported while ``transformers`` itself is being imported, by whichever of its parts comes first: so it takes
+from there only what is loaded by then.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from orthokv.checkpoint import CONFIG, FORMAT_VERSION, QUANT_METHOD
 from orthokv.errors import InvalidCheckpoint, InvalidSetting
-from orthokv.runtime.attach import attach, locate
+from orthokv.naming import CONFIG, FORMAT_VERSION, QUANT_METHOD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -49,6 +53,8 @@ class OrthoKVQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from orthokv.runtime.attach import attach, locate
+
         folder = self._folder
         if folder is None:
             raise InvalidCheckpoint("the model was loaded from no folder: its bases cannot be found")

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from app.cli import jobs
 from app.migrate import upgrade
+from orthokv.client.cli import jobs
 from tests.crash.test_scripted import RUNNER, digests
 from tests.fleet import Api, Worker
 from tests.postgres import postgres_url

@@ -24,6 +24,7 @@ from app.storage import Storage
 from tests.postgres import postgres_url
 from tests.redis_server import PrivateRedis, redis_url
 from tests.s3 import Bucket, new_bucket, s3_endpoint
+from tests.service.driven import Clients
 from tests.service.factories import Script
 
 # The default renderer draws tracebacks with all locals, which takes seconds.
@@ -142,3 +143,11 @@ def storage(settings: Settings) -> Storage:
 def client(settings: Settings) -> Iterator[TestClient]:
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture
+def make(database_url: str) -> Iterator[Clients]:
+    """Makes Python clients: synchronous beside SQLite, asynchronous beside Postgres, so that every test meets all four."""
+    clients = Clients("sync" if database_url.startswith("sqlite") else "async")
+    yield clients
+    clients.close()

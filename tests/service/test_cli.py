@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from app.cli import OURS, _exit_code, jobs
 from app.jobs.vocabulary import JobErrorCode
-from app.watch import show
+from orthokv.client.cli import OURS, _exit_code, jobs
+from orthokv.client.models import Job, JobError, JobProgress
+from orthokv.client.partfile import PartFile
+from orthokv.client.watch import show
 from tests.server import REPOSITORY, Server
 from tests.service.factories import Script
 
@@ -81,15 +84,20 @@ def test_a_download_resumes_and_a_damaged_one_is_not_kept(server: Server, tmp_pa
     assert orthokv(server, "download", job_id, "--out", str(tmp_path)).exit_code == 0
     target = tmp_path / file["filename"]
     whole = target.read_bytes()
-    part = tmp_path / f".{target.name}.{file['sha256'][:16]}.part"
 
-    target.unlink()
-    part.write_bytes(whole[:100])
+    def broken_off_after(begin: bytes) -> Path:
+        target.unlink(missing_ok=True)
+        with PartFile(target, size=file["bytes"], sha256=file["sha256"]) as part:
+            part.reserve()
+            part.write(0, begin)
+            part.count(0)
+        return part.path
+
+    part = broken_off_after(whole[:10])
     assert orthokv(server, "download", job_id, "--out", str(tmp_path)).exit_code == 0
     assert (target.read_bytes(), part.exists()) == (whole, False)
 
-    target.unlink()
-    part.write_bytes(b"\0" * 100)  # the beginning of something else: only a true resume makes this wrong
+    broken_off_after(b"\0" * 10)  # the beginning of something else: only a true resume makes this wrong
     damaged = orthokv(server, "download", job_id, "--out", str(tmp_path))
     assert damaged.exit_code == 1
     assert "arrived damaged" in damaged.stderr
@@ -144,9 +152,60 @@ def test_a_job_whose_input_turns_out_bad_is_exit_code_2(server: Server, script: 
 
 def test_only_failures_that_are_not_the_inputs_are_exit_code_1() -> None:
     """Every code of the vocabulary is on one side or the other: a new one has to be thought about."""
-    codes = {code: _exit_code({"code": code.value}) for code in JobErrorCode}
+    rest = {"message": "", "retryable": False, "phase": "", "layer": None, "attempt": 1, "best": None}
+    errors = {code: JobError.model_validate({"code": code.value, **rest}) for code in JobErrorCode}
+    codes = {code: _exit_code(error) for code, error in errors.items()}
     assert {code.value for code, exit_code in codes.items() if exit_code == 1} == OURS
     assert codes[JobErrorCode.BUDGET_UNREACHABLE] == 3
+
+
+def test_waiting_says_what_came_of_a_job_and_retry_opens_it_again(server: Server, script: Script) -> None:
+    script.write({"step": "resolve", "run": 0, "do": "user_error"})
+    job_id = submit(server).stdout.strip()
+    assert orthokv(server, "wait", job_id).exit_code == 2
+    assert orthokv(server, "retry", job_id).stdout.strip() == "queued"
+    done = orthokv(server, "wait", job_id)
+    assert (done.exit_code, done.stdout.splitlines()[0].split(":")[0]) == (0, f"{job_id} succeeded")
+
+
+def test_waiting_ends_with_its_time(server: Server, script: Script) -> None:
+    script.write({"step": "calibrate", "run": 0, "do": "hang"})
+    job_id = submit(server).stdout.strip()
+    done = orthokv(server, "wait", job_id, "--timeout", "0.2")
+    assert (done.exit_code, len(done.stderr.splitlines())) == (1, 1)
+    assert f"{job_id} is still" in done.stderr
+    orthokv(server, "cancel", job_id)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 512}, 512),
+        ({"max_seq_len": 256}, 256),
+        ({"text_config": {"max_position_embeddings": 128}}, 128),
+        ({"max_position_embeddings": 4096}, 1024),
+        ({"max_position_embeddings": "many"}, 1024),
+        ([], 1024),
+        (None, 1024),
+    ],
+)
+def test_samples_are_no_longer_than_the_models_context(
+    server: Server, tmp_path: Path, config: object, length: int
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    done = orthokv(server, "submit", "--model", str(folder), "--dataset", "self", "--kept", "0.5")
+    said = f"sequence length {length}: the model's longest context\n" if length < 1024 else ""
+    assert (done.exit_code, done.stderr) == (0, said)
+    assert server.job(done.stdout.strip())["spec"]["dataset"]["sequence_length"] == length
+    asked = orthokv(
+        *(server, "submit", "--model", str(folder), "--dataset", "self", "--kept", "0.5"),
+        *("--sequence-length", "64"),
+    )
+    assert asked.stderr == ""
+    assert server.job(asked.stdout.strip())["spec"]["dataset"]["sequence_length"] == 64
 
 
 def test_watch_list_and_cancel(server: Server, script: Script) -> None:
@@ -182,6 +241,36 @@ def test_bad_input_is_one_line_and_exit_code_2(server: Server, arguments: list[s
     assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def python_examples(document: str) -> list[str]:
+    text = (REPOSITORY / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [block for block in blocks if "orthokv.client" in block]
+
+
+@pytest.mark.parametrize(("document", "examples"), [("docs/service.md", 2), ("README.md", 1)])
+def test_the_documents_examples_run_as_they_stand(
+    server: Server, tmp_path: Path, document: str, examples: int
+) -> None:
+    """Pasted into files, in a folder with a calibration file; the README's names its server, so that is replaced."""
+    (tmp_path / "calibration.txt").write_text("some text")
+    (tmp_path / "demo").symlink_to(REPOSITORY / "demo")
+    found = python_examples(document)
+    assert len(found) == examples
+    for number, block in enumerate(found):
+        (tmp_path / f"{number}.py").write_text(block.replace("http://127.0.0.1:8000", server.url))
+        done = subprocess.run(
+            [sys.executable, f"{number}.py"],
+            cwd=tmp_path,
+            env={**os.environ, "ORTHOKV_URL": server.url},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "checkpoint" / "orthokv.safetensors").is_file()
 
 
 def test_no_server_is_exit_code_1() -> None:
@@ -237,9 +326,13 @@ def test_a_port_that_is_taken_is_bad_input(server: Server, tmp_path: Path) -> No
 
 
 def test_a_bar_shows_no_count_before_there_is_one_nor_that_of_the_phase_before() -> None:
-    def state(status: str, phase: str, *progress: object) -> dict[str, object]:
+    def state(status: str, phase: str, *progress: object) -> Job:
         counted = dict(zip(("done", "total", "unit"), progress, strict=False)) or None
-        return {"status": status, "phase": phase, "progress": counted}
+        return Job.model_construct(
+            status=status,
+            phase=phase,
+            progress=counted and JobProgress.model_construct(**counted, fraction=1.0),
+        )
 
     terminal = Console(file=io.StringIO(), force_terminal=True, width=100)
     states = [
@@ -248,7 +341,7 @@ def test_a_bar_shows_no_count_before_there_is_one_nor_that_of_the_phase_before()
         state("running", "packaging"),
         state("succeeded", "finished"),
     ]
-    assert show(iter(states), terminal)["phase"] == "finished"
+    assert show(iter(states), terminal).phase == "finished"
     shown = terminal.file.getvalue()  # type: ignore[attr-defined]
     assert "None" not in shown
     last = shown[shown.rindex("finished") :]

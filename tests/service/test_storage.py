@@ -111,11 +111,17 @@ def test_a_range_is_read_to_the_byte(store: Storage, tmp_path: Path) -> None:
     content = os.urandom(2_500_000)
     store.put_file("a/x", source(tmp_path, content))
 
-    async def read(start: int, end: int) -> bytes:
-        return b"".join([chunk async for chunk in store.read("a/x", start, end)])
+    async def read(start: int, end: int) -> tuple[int, bytes]:
+        opened = await store.open("a/x", start, end)
+        assert opened is not None
+        try:
+            return opened.size, b"".join([chunk async for chunk in opened.chunks])
+        finally:
+            opened.close()
 
     for start, end in ((0, len(content)), (1, 2), (7, 2_000_001), (5, 5)):
-        assert asyncio.run(read(start, end)) == content[start:end]
+        assert asyncio.run(read(start, end)) == (len(content), content[start:end])
+    assert asyncio.run(store.open("a/y", 0, 1)) is None
 
 
 def test_what_killed_writers_leave_is_found_and_deleted(store: Storage, root: Path, tmp_path: Path) -> None:

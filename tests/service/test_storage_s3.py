@@ -56,8 +56,15 @@ def test_a_stream_is_stored_and_read_by_ranges(store: Storage) -> None:
     content = b"".join(parts)
     stored = asyncio.run(store.put_stream("datasets/d/1", chunks(*parts)))
     assert stored == Stored(len(content), hashlib.sha256(content).hexdigest())
+
+    async def read(start: int, end: int) -> tuple[int, bytes]:
+        opened = await store.open("datasets/d/1", start, end)
+        assert opened is not None
+        return opened.size, await collect(opened.chunks)
+
     for start, end in ((0, len(content)), (1, 2), (7, 6_000_001), (5, 5)):
-        assert asyncio.run(collect(store.read("datasets/d/1", start, end))) == content[start:end]
+        assert asyncio.run(read(start, end)) == (len(content), content[start:end])
+    assert asyncio.run(store.open("datasets/d/2", 0, 1)) is None
 
 
 def test_a_stream_that_breaks_leaves_nothing(store: Storage, bucket: Bucket) -> None:

@@ -1,0 +1,7 @@
+"""What checkpoint folders and their configurations are called. Imports nothing: `orthokv.client` must start fast."""
+
+from __future__ import annotations
+
+FORMAT_VERSION = 1
+CONFIG, TENSORS, CARD = "orthokv.json", "orthokv.safetensors", "README.md"
+QUANT_METHOD = "orthokv"
