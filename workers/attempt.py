@@ -11,6 +11,7 @@ from typing import Any, assert_never
 
 import structlog
 
+from app import failpoints
 from app.database import SyncDatabase
 from app.jobs.commits import IncompleteResult, Produced, commit_layer, commit_progress, finish_step
 from app.jobs.dispatch import WakeListener
@@ -149,7 +150,9 @@ class Attempt:
             raise ProtocolError(f"{message.name} was made twice")
         lease = self._lease
         key = f"jobs/{lease.job_id}/{lease.step_id}/{lease.fence}/{message.name}"
+        failpoints.hit("upload.before")
         stored = self._storage.put_file(key, path)
+        failpoints.hit("upload.after")
         produced = Produced(
             filename=message.name,
             object_key=key,
@@ -167,6 +170,7 @@ class Attempt:
         # Asked before the commit: a stop that comes during it waits for the layer that is being fitted by then.
         draining = self._draining
         self._database.write(commit_layer, lease, produced)
+        failpoints.hit("layer.committed")
         self._log.info("layer.committed", layer=message.layer)
         path.unlink()
         if draining:
@@ -207,6 +211,7 @@ class Attempt:
                 assert_never(outcome)
 
     def _finish(self, done: Done) -> None:
+        failpoints.hit("finish.before")
         try:
             self._database.write(
                 finish_step,
@@ -218,6 +223,7 @@ class Attempt:
         except IncompleteResult as error:
             self._fail(Failure(JobErrorCode.INTERNAL, f"The runner broke its protocol: {error}", False))
         else:
+            failpoints.hit("finish.after")
             self._log.info("attempt.succeeded")
 
     def _fail(self, failure: Failure) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
+from app import failpoints
 from orthokv.allocate import check_reachable
 from orthokv.budget import Budget
 from orthokv.capture import spilled_to
@@ -283,6 +284,7 @@ def run(request: dict[str, Any], wire: Wire) -> int:
         job = Job(request, wire)
         with spilled_to(job.spill):
             result = STEPS[request["step"]](job)
+        failpoints.hit(f"child.{request['step']}")
         wire.result(result)
         return 0
     except BudgetUnreachable as error:
@@ -301,6 +303,7 @@ def run(request: dict[str, Any], wire: Wire) -> int:
 def main() -> int:
     # Libraries may print: only the protocol may reach standard output.
     wire, sys.stdout = Wire(sys.stdout), sys.stderr
+    failpoints.arm_from_environment()
     return run(json.loads(sys.stdin.read()), wire)
 
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 import structlog
 from sqlalchemy.orm import Session
 
+from app import failpoints
 from app.artifacts import repository as artifacts
 from app.database import SyncDatabase
 from app.datasets import repository as datasets
@@ -53,8 +54,10 @@ class Reaper:
         """Every repair but the orphans', once."""
         settings = self._settings
         policy = RetryPolicy(settings.max_failures, settings.retry_backoff_seconds)
+        lost = self._database.write(return_lost, policy)
+        failpoints.hit("reaper.mid_sweep")
         done = {
-            "attempts_lost": self._database.write(return_lost, policy),
+            "attempts_lost": lost,
             "cancels_forced": self._database.write(
                 end_stuck_cancels, grace_seconds=settings.cancel_grace_seconds
             ),
@@ -96,6 +99,7 @@ def return_lost(session: Session, policy: RetryPolicy, *, owner: str | None = No
         if job is None or step is None:
             continue  # a late heartbeat extended the lease, or another reaper was here first
         end_attempt(session, job, step, WORKER_LOST, policy)
+        failpoints.hit("reaper.returning")
         count += 1
     return count
 
@@ -141,6 +145,7 @@ def sweep_orphans(database: SyncDatabase, storage: Storage, *, age: timedelta) -
         known = database.read(artifacts.known_keys, batch) | database.read(datasets.known_keys, batch)
         orphans = [key for key in batch if key not in known]
         if orphans:
+            failpoints.hit("reaper.orphans")
             storage.delete(orphans)
         batch.clear()
         return len(orphans)
