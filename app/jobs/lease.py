@@ -129,7 +129,12 @@ def release(session: Session, lease: Lease) -> None:
     if _ends_cancelled(session, job, step):
         return
     move_step(session, step, StepStatus.READY)
-    _requeue(session, job, "attempt.released", {"step": step.name, "ordinal": step.ordinal, "attempt": step.attempts})
+    _requeue(
+        session,
+        job,
+        "attempt.released",
+        {"step": step.name, "ordinal": step.ordinal, "attempt": step.attempts},
+    )
 
 
 def acknowledge_cancel(session: Session, lease: Lease) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import structlog
@@ -133,31 +134,45 @@ def forget_idempotency_keys(session: Session) -> int:
 
 
 def sweep_orphans(database: SyncDatabase, storage: Storage, *, age: timedelta) -> int:
-    """Delete objects that no row refers to: what a worker uploaded and then could not commit.
-
-    An object younger than `age`, or under the fence of a running step, may still get its row.
-    """
-    live = database.read(repository.live_fences)
+    """Delete objects that no row refers to: what a worker uploaded and then could not commit."""
     count = storage.delete_staging(age)
     batch: list[str] = []
 
     def flush() -> int:
-        known = database.read(artifacts.known_keys, batch) | database.read(datasets.known_keys, batch)
-        orphans = [key for key in batch if key not in known]
-        if orphans:
-            failpoints.hit("reaper.orphans")
-            storage.delete(orphans)
+        failpoints.hit("reaper.orphans")
+        storage.delete(batch)
+        deleted = len(batch)
         batch.clear()
-        return len(orphans)
+        return deleted
+
+    for key in find_orphans(database, storage, age=age):
+        batch.append(key)
+        if len(batch) == _BATCH:
+            count += flush()
+    return count + (flush() if batch else 0)
+
+
+def find_orphans(database: SyncDatabase, storage: Storage, *, age: timedelta) -> Iterator[str]:
+    """Keys that no row refers to.
+
+    An object younger than `age`, or under the fence of a running step, may still get its row.
+    """
+    batch: list[str] = []
+
+    def unknown() -> list[str]:
+        # Fences first: a step that is no longer running by then has all the rows that it will ever have. So
+        # a clock that jumps, and makes young objects old, costs no object that is about to be committed.
+        live = database.read(repository.live_fences)
+        known = database.read(artifacts.known_keys, batch) | database.read(datasets.known_keys, batch)
+        return [key for key in batch if key not in known and _fence_of(key) not in live]
 
     for prefix in ("jobs", "datasets", "readiness"):
         for key in storage.list_older(prefix, age):
-            if _fence_of(key) in live:
-                continue
             batch.append(key)
             if len(batch) == _BATCH:
-                count += flush()
-    return count + flush()
+                yield from unknown()
+                batch.clear()
+    yield from unknown()
 
 
 def _fence_of(key: str) -> tuple[str, int] | None:
