@@ -120,6 +120,15 @@ class Settings(BaseSettings):
     runner_command: tuple[str, ...] = (sys.executable, "-m", "workers.runner")
     runner_environment: tuple[str, ...] = ()
     """Names of further variables to hand to the runner, which otherwise sees no secret."""
+    step_memory_bytes: Bytes | None = None
+    """Memory that a step's process and its children may hold, on Linux. Not counted: GPU memory, mapped files.
+
+    None: nearly all that the machine or container has.
+    """
+    step_seconds: Seconds | None = 86_400.0
+    """How long one attempt at a step may take; None: as long as it likes."""
+    step_file_bytes: Bytes = 256 << 30
+    """The largest file that a step may write."""
     device: str = "auto"
     spill_activations: bool = False
     """Keep hidden states in files of a step's working folder instead of memory."""

@@ -30,6 +30,7 @@ from app.settings import Settings
 from app.storage import Storage, StorageError
 from workers.child import Child
 from workers.heartbeat import Heartbeat, Stop
+from workers.limits import Excess, Limits
 from workers.orders import load_order, prepare
 from workers.protocol import Error, File, Progress, ProtocolError, Request, Result
 
@@ -111,7 +112,10 @@ class Attempt:
 
     def _run_child(self, request: Request) -> Done | Failure:
         settings = self._settings
-        child = Child(settings.runner_command, request, environment=settings.runner_environment)
+        limits = Limits.of(settings)
+        child = Child(
+            settings.runner_command, request, environment=settings.runner_environment, limits=limits
+        )
         with self._child_guard:
             self._child = child
         if self._heartbeat.reason is not None:  # stopped before there was a child to kill
@@ -133,6 +137,8 @@ class Attempt:
         status = child.wait()
         if status != 0 and self._heartbeat.reason is None:
             self._log.warning("child.failed", status=status, stderr=child.stderr_tail())
+        if status != 0 and child.excess is not None:
+            return _excess(child.excess, limits)
         if isinstance(end, Error):
             return _failure(end)
         if status != 0:
@@ -235,6 +241,19 @@ class Attempt:
         with self._child_guard:
             if self._child is not None:
                 self._child.kill()
+
+
+def _excess(excess: Excess, limits: Limits) -> Failure:
+    match excess:
+        case Excess.MEMORY:
+            message = f"The step held more than {limits.memory_bytes} bytes of memory and was ended."
+            return Failure(JobErrorCode.OUT_OF_MEMORY, message, retryable=True)
+        case Excess.TIME:
+            # Again would take as long again; what a fit step has committed is kept for a retry.
+            message = f"The step took more than {limits.seconds:g} seconds and was ended."
+            return Failure(JobErrorCode.STEP_TIMEOUT, message, retryable=False)
+        case _:
+            assert_never(excess)
 
 
 def _failure(error: Error) -> Failure:

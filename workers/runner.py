@@ -6,7 +6,9 @@ committed), then ``result`` or ``error``. It knows nothing of databases, leases 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 import threading
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from huggingface_hub import constants as hub_constants
 
 from app import failpoints
 from orthokv.allocate import check_reachable
@@ -126,8 +129,12 @@ class Job:
         self.settings = FitSettings(**settings)
 
     def source(self) -> ModelSource:
+        """The checked model on disk. It is the only thing that a step fetches: from here on the hub is out of reach."""
         model = self.request["model"]
-        return resolve_model(model["id"], revision=model["revision"])
+        source = resolve_model(model["id"], revision=model["revision"])
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        hub_constants.HF_HUB_OFFLINE = True  # the client has read the variable when it was imported
+        return source
 
     def text(self) -> TextSource | TextMixture:
         parts = tuple(
@@ -296,7 +303,9 @@ def run(request: dict[str, Any], wire: Wire) -> int:
     except Exception as error:
         if not is_storage_failure(error):
             raise
-        wire.error("storage_error", f"cannot write the work folder: {error}", retryable=True)
+        # A file beyond the worker's limit is too large the next time, too.
+        again = getattr(error, "errno", None) != errno.EFBIG and f"os error {errno.EFBIG}" not in str(error)
+        wire.error("storage_error", f"cannot write the work folder: {error}", retryable=again)
     return 1
 
 

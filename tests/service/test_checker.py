@@ -95,9 +95,12 @@ def falling_fence(world: World) -> None:
     world.change(claims[1], fence=claims[0].data["fence"])
     # What was done under the claim stays what the newest claim's fence allows.
     for event in world.session.execute(fits).scalars():
-        if event.seq > claims[1].seq and event.type in ("layer.committed", "step.succeeded"):
-            if event.type == "layer.committed" or event.data["step"] == "fit":
-                world.change(event, fence=claims[0].data["fence"])
+        of_fit = event.type == "layer.committed" or (event.type, event.data.get("step")) == (
+            "step.succeeded",
+            "fit",
+        )
+        if event.seq > claims[1].seq and of_fit:
+            world.change(event, fence=claims[0].data["fence"])
     layers = update(Layer).where(Layer.job_id == world.done).values(fence=claims[0].data["fence"])
     world.session.execute(layers)
 
