@@ -75,7 +75,7 @@ def check(database: SyncDatabase, storage: Storage, *, orphan_age: timedelta) ->
     def look(session: Session) -> tuple[Report, list[_Object]]:
         if session.get_bind().dialect.name == "postgresql":
             session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY"))
-        return _rows(session), list(_expected(session))
+        return check_rows(session), list(_expected(session))
 
     report, expected = database.read(look)
     _compare(storage, expected, report)
@@ -85,7 +85,8 @@ def check(database: SyncDatabase, storage: Storage, *, orphan_age: timedelta) ->
     return report
 
 
-def _rows(session: Session) -> Report:
+def check_rows(session: Session) -> Report:
+    """What the tables alone can tell."""
     report = Report()
     after = ""
     while ids := list(

@@ -62,6 +62,7 @@ class Reaper:
             "cancels_forced": self._database.write(
                 end_stuck_cancels, grace_seconds=settings.cancel_grace_seconds
             ),
+            "times_mended": self._database.write(mend_times, policy, lease_seconds=settings.lease_seconds),
             "keys_expired": self._database.write(forget_idempotency_keys),
             "hints_resent": self._database.read(
                 resend_hints, self._dispatcher, after_seconds=settings.hint_after_seconds
@@ -119,6 +120,17 @@ def end_stuck_cancels(session: Session, *, grace_seconds: float) -> int:
         transition(session, job, JobStatus.CANCELLED, event="job.cancelled", data={"forced": True})
         count += 1
     return count
+
+
+def mend_times(session: Session, policy: RetryPolicy, *, lease_seconds: float) -> int:
+    """Undo what a clock that was put back leaves behind: steps and leases of a time that is long to come.
+
+    Returns how many. Other processes may have longer leases, so only ten times our own is beyond any.
+    """
+    longest_wait = policy.backoff_seconds * 2**policy.max_failures
+    return repository.hurry_late_steps(session, delay_seconds=longest_wait) + repository.shorten_long_leases(
+        session, limit_seconds=10 * lease_seconds, lease_seconds=lease_seconds
+    )
 
 
 def resend_hints(session: Session, dispatcher: Dispatcher, *, after_seconds: float) -> int:

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,8 +27,8 @@ class Acknowledged:
     datasets: set[str] = field(default_factory=set)
     broken: list[str] = field(default_factory=list)
     """Answers that contradict earlier ones."""
-    repeated: int = 0
-    """Requests that were sent again because no answer came."""
+    repeated: Counter[str] = field(default_factory=Counter)
+    """Requests that were sent again, by why: an error of the connection, or a status."""
 
 
 class Client(threading.Thread):
@@ -66,18 +67,17 @@ class Client(threading.Thread):
 
     def _send(self, method: str, path: str, **content: Any) -> httpx2.Response | None:
         """The answer, however often it has to be asked for; None when the time is up without one."""
-        first = True
         while not self._ended.is_set():
-            if not first:
-                self.said.repeated += 1
-                time.sleep(0.2)
-            first = False
             try:
                 response = self._http.request(method, self._url() + path, **content)
-            except httpx2.TransportError:
-                continue
-            if response.status_code < 500 and response.status_code != 429:
-                return response
+            except httpx2.TransportError as error:
+                why = type(error).__name__
+            else:
+                if response.status_code < 500 and response.status_code != 429:
+                    return response
+                why = str(response.status_code)
+            self.said.repeated[why] += 1
+            time.sleep(0.2)
         return None
 
     def _submit(self) -> None:

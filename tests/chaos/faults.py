@@ -94,6 +94,10 @@ def api_kill(chaos: Chaos) -> bool:
         if chaos.world.api.process.poll() is not None:
             return False
         chaos.world.api.kill()
+    # Not again before it is back: an API that never answers proves nothing.
+    while chaos.world.api.process.poll() is not None:
+        time.sleep(0.2)
+    time.sleep(chaos.rng.uniform(1, 5))
     return True
 
 
@@ -182,19 +186,11 @@ def clock_step(chaos: Chaos) -> bool:
     clock = chaos.world.clock
     if clock is None:
         return False
-    for sign in chaos.rng.choice(("+-", "-+")):
-        _write(clock, f"{sign}{chaos.rng.choice((2, 30, 600, 90_000))}")
+    for sign in chaos.rng.choice(((1, -1), (-1, 1))):
+        clock.set(sign * chaos.rng.choice((2, 30, 600, 90_000)))
         time.sleep(chaos.rng.uniform(0.5, 3))
-    _write(clock, "+0")
+    clock.set(0)
     return True
-
-
-def _write(clock: os.PathLike[str], text: str) -> None:
-    # Renamed into place: a reader never sees half of it.
-    path = os.fspath(clock)
-    with open(f"{path}.new", "w") as file:
-        file.write(text)
-    os.replace(f"{path}.new", path)
 
 
 FAULTS: dict[str, Callable[[Chaos], bool]] = {

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
@@ -33,8 +34,11 @@ DRAIN_SECONDS = 300.0
 _ALL = timedelta(seconds=-5)
 
 
-def run(plan: Plan, *, minutes: float, seed: int) -> dict[str, Any]:
-    """Run and report. Every kind of fault that is possible comes once, then they come at random."""
+def run(plan: Plan, *, minutes: float, seed: int, jobs: int = 0) -> dict[str, Any]:
+    """Run and report. Every kind of fault that is possible comes once, then they come at random.
+
+    A machine that is busy gets up to three times as long, until so many jobs were acknowledged.
+    """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="orthokv-chaos-") as folder, World(plan, Path(folder)) as world:
         database = SyncDatabase(world.database_url)
@@ -49,7 +53,11 @@ def run(plan: Plan, *, minutes: float, seed: int) -> dict[str, Any]:
         chaos = Chaos(world, watch, random.Random(rng.random()), long_seconds=min(120.0, minutes * 12))
         for client in clients:
             client.start()
-        _break_things(chaos, seconds=minutes * 60)
+
+        def enough() -> bool:
+            return sum(len(client.said.jobs) for client in clients) >= jobs
+
+        _break_things(chaos, seconds=minutes * 60, enough=enough)
         ended.set()
         world.heal()
         for client in clients:
@@ -75,7 +83,9 @@ def run(plan: Plan, *, minutes: float, seed: int) -> dict[str, Any]:
         "jobs": {
             "acknowledged": sum(len(client.said.jobs) for client in clients),
             "cancels_acknowledged": sum(len(client.said.cancelled) for client in clients),
-            "requests_repeated": sum(client.said.repeated for client in clients),
+            "requests_repeated": dict(
+                sorted(sum((c.said.repeated for c in clients), Counter[str]()).items())
+            ),
             "ended": statuses,
             "failed_by_code": codes,
             "attempts_lost": attempts,
@@ -91,21 +101,21 @@ def run(plan: Plan, *, minutes: float, seed: int) -> dict[str, Any]:
     }
 
 
-def _break_things(chaos: Chaos, *, seconds: float) -> None:
+def _break_things(chaos: Chaos, *, seconds: float, enough: Callable[[], bool]) -> None:
     """Faults that last run beside others, but not beside their like."""
     names = possible(chaos.world)
     chaos.rng.shuffle(names)
     first = list(names)
     busy: dict[str, Any] = {}
-    deadline = time.monotonic() + seconds
+    started = time.monotonic()
     with ThreadPoolExecutor(max_workers=len(names)) as pool:
-        while time.monotonic() < deadline:
+        while (passed := time.monotonic() - started) < seconds or (passed < 3 * seconds and not enough()):
             name = first.pop() if first else _choose(chaos.rng, names)
             if name not in busy or busy[name].done():
                 if name in busy:
                     busy[name].result()  # a fault that could not be made is an error of ours
                 busy[name] = pool.submit(chaos.apply, name)
-            time.sleep(chaos.rng.uniform(0.2, 1.8))
+            time.sleep(chaos.rng.uniform(0.3, 2.7))
     for future in busy.values():
         future.result()
 

@@ -19,13 +19,13 @@ import psycopg
 
 from app.migrate import upgrade
 from app.storage import Storage
+from tests.chaos.clock import Clock, make_clock
 from tests.chaos.proxy import Proxy
 from tests.crash.test_real import BODY as REAL_BODY
 from tests.fleet import Api, Worker
 from tests.postgres import PrivatePostgres
 from tests.redis_server import PrivateRedis
 from tests.s3 import new_bucket, s3_endpoint
-from tests.servers import install_debian_package
 from tests.service.factories import Script, job_body
 
 WORKERS = 3
@@ -71,7 +71,7 @@ class World:
         self.postgres: PrivatePostgres | None = None
         self.proxy: Proxy | None = None
         self.disk: Path | None = None
-        self.clock: Path | None = None
+        self.clock: Clock | None = None
         self.left_out: dict[str, str] = {}
         self.deaths: list[str] = []
         """Processes that ended at work although nobody killed them, with the end of their logs."""
@@ -180,19 +180,10 @@ class World:
         self.disk = disk
 
     def _make_clock(self) -> None:
-        self._faked: dict[str, str] = {}
-        found = _libfaketime() or (_libfaketime() if install_debian_package("faketime") else None)
-        if found is None:
-            self.left_out["clock_step"] = "needs libfaketime"
-            return
-        self.clock = self.folder / "clock"
-        self.clock.write_text("+0")
-        self._faked = {
-            "LD_PRELOAD": str(found),
-            "FAKETIME_TIMESTAMP_FILE": str(self.clock),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
+        self.clock = make_clock(self.folder)
+        self._faked = {} if self.clock is None else self.clock.environment
+        if self.clock is None:
+            self.left_out["clock_step"] = "needs a C compiler"
 
     def _start(self, slot: Slot) -> None:
         # Under Postgres one worker alone has a clock that steps; the others go by the true one.
@@ -245,7 +236,7 @@ class World:
     def heal(self) -> None:
         """Everything as it ought to be; workers are still at work."""
         if self.clock is not None:
-            self.clock.write_text("+0")
+            self.clock.set(0)
         if self.proxy is not None:
             self.proxy.set("pass")
         if self.disk is not None:
@@ -278,7 +269,3 @@ class World:
             for process in psutil.Process(slot.worker.process.pid).children():
                 return process
         return None
-
-
-def _libfaketime() -> Path | None:
-    return next(iter(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")), None)
