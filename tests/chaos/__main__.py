@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--real", action="store_true", help="jobs on the demo model instead of scripted ones")
     parser.add_argument("--out", type=Path)
     told = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(130))  # its servers end with it
     report = run(Plan(told.database, told.broker, told.real), minutes=told.minutes, seed=told.seed)
     text = json.dumps(report, indent=2) + "\n"
     if told.out is not None:

@@ -15,6 +15,8 @@ import psutil
 from tests.chaos.reclaim import Watch
 from tests.chaos.world import LEASE_SECONDS, Slot, World
 
+_BUSY_SECONDS = 5.0
+
 
 @dataclass
 class Chaos:
@@ -34,12 +36,21 @@ class Chaos:
     def slot(self) -> Slot:
         return self.rng.choice(self.world.slots)
 
+    def busy_slot(self) -> Slot | None:
+        """A worker with a child, waited for for a while: those that are idle have nothing to lose."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while time.monotonic() < deadline:
+            busy = [slot for slot in self.world.slots if self.world.child_of(slot) is not None]
+            if busy:
+                return self.rng.choice(busy)
+            time.sleep(0.02)
+        return None
+
 
 def child_kill(chaos: Chaos) -> bool:
-    busy = [slot for slot in chaos.world.slots if chaos.world.child_of(slot) is not None]
-    if not busy:
+    slot = chaos.busy_slot()
+    if slot is None:
         return False
-    slot = chaos.rng.choice(busy)
     chaos.watch.expect("child", slot.name)
     child = chaos.world.child_of(slot)
     with contextlib.suppress(psutil.Error):
@@ -60,8 +71,7 @@ def worker_loss(chaos: Chaos) -> bool:
 
 
 def _kill_worker(chaos: Chaos, kind: str, *, anew: bool) -> bool:
-    busy = [slot for slot in chaos.world.slots if chaos.world.child_of(slot) is not None]
-    slot = chaos.rng.choice(busy) if busy else chaos.slot()
+    slot = chaos.busy_slot() or chaos.slot()
     with chaos.world.guard:
         worker = slot.worker
         if worker is None or worker.process.poll() is not None:
@@ -77,7 +87,7 @@ def _kill_worker(chaos: Chaos, kind: str, *, anew: bool) -> bool:
 
 def worker_pause(chaos: Chaos) -> bool:
     """SIGSTOP for longer than its lease, then it goes on as if nothing had been."""
-    slot = chaos.slot()
+    slot = chaos.busy_slot() or chaos.slot()
     worker = slot.worker
     if worker is None or worker.process.poll() is not None:
         return False

@@ -41,7 +41,7 @@ class Plan:
     database: str = "postgres"
     broker: str = "celery"
     real: bool = False
-    pace_seconds: float = 0.1
+    pace_seconds: float = 0.4
 
 
 class Slot:
