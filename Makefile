@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-crash check bench-quality bench-ablation bench-download format openapi client table clean
+.PHONY: help install demo test test-crash chaos check bench-quality bench-ablation bench-download format openapi client table clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     run the main job end to end on the small model in demo/ (embedded: SQLite, no broker)"
 	@echo "make test     run the tests, on SQLite and on Postgres"
 	@echo "make test-crash   run the tests that kill workers, servers and brokers"
+	@echo "make chaos    ten minutes of random faults, then the reckoning; ARGS=\"--minutes 30 --seed 7 ...\""
 	@echo "make check    lint, types, import rules, OpenAPI, support table, migrations, images and manifests"
 	@echo "make bench-quality   every method on the bench models: JSON, tables, plots (needs ../shared; hours on a CPU)"
 	@echo "make bench-ablation  what each ingredient of the fit is worth, on the same model"
@@ -36,6 +37,9 @@ test: $(STAMP)
 
 test-crash: $(STAMP)
 	$(BIN)/python -m pytest -m crash
+
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

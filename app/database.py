@@ -38,6 +38,13 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SQLITE_BUSY_MILLISECONDS = 30_000
+_POSTGRES_PATIENCE = {
+    "connect_timeout": "10",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "30000",  # milliseconds
+}
 _SQLITE_TIME = "%Y-%m-%d %H:%M:%S.%f"
 
 
@@ -131,6 +138,18 @@ def _driver_url(url: str, *, sqlite_driver: str) -> URL:
     raise DatabaseUnusable(f"database {backend!r} is not supported: use sqlite or postgresql")
 
 
+def _patience(url: URL) -> dict[str, str]:
+    """How long a connection to Postgres waits for a network that swallows packets; the URL may say otherwise.
+
+    Without it the kernel's own patience holds: about 15 minutes, in which a worker can neither report nor end.
+    """
+    return {} if url.get_backend_name() == "sqlite" else {**_POSTGRES_PATIENCE, **_said(url)}
+
+
+def _said(url: URL) -> dict[str, str]:
+    return {name: str(value) for name, value in url.query.items() if name in _POSTGRES_PATIENCE}
+
+
 def _prepare(engine: Engine) -> None:
     """Connection settings.
 
@@ -169,7 +188,8 @@ class Database:
     """Transactions of the API: each call is one transaction in its own session, committed at the end."""
 
     def __init__(self, url: str) -> None:
-        self._engine = create_async_engine(_driver_url(url, sqlite_driver="aiosqlite"), pool_pre_ping=True)
+        driver_url = _driver_url(url, sqlite_driver="aiosqlite")
+        self._engine = create_async_engine(driver_url, pool_pre_ping=True, connect_args=_patience(driver_url))
         _prepare(self._engine.sync_engine)
 
     async def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:
@@ -198,7 +218,8 @@ class SyncDatabase:
     """
 
     def __init__(self, url: str) -> None:
-        self.engine = create_engine(_driver_url(url, sqlite_driver="pysqlite"), pool_pre_ping=True)
+        driver_url = _driver_url(url, sqlite_driver="pysqlite")
+        self.engine = create_engine(driver_url, pool_pre_ping=True, connect_args=_patience(driver_url))
         _prepare(self.engine)
 
     def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:

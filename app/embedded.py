@@ -108,7 +108,7 @@ class EmbeddedWorker:
     def _spawn(self) -> subprocess.Popen[bytes]:
         python = sys.executable
         return subprocess.Popen(
-            [python, "-m", "workers.tether", str(os.getpid()), python, "-m", "workers.supervisor"],
+            [python, "-m", "workers.tether", str(os.getpid()), "", python, "-m", "workers.supervisor"],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,

@@ -17,7 +17,7 @@ import app.events.routes
 import app.health
 import app.jobs.routes
 import app.profiles.routes
-from app import errors
+from app import errors, failpoints
 from app.audit.window import NotedOnce
 from app.auth.rate import RateLimit
 from app.database import Database, SyncDatabase
@@ -40,6 +40,7 @@ closed list."""
 @asynccontextmanager
 async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
     settings: Settings = api.state.settings
+    failpoints.arm(settings.failpoint, settings.failpoint_dir)
     url = settings.resolved_database_url
     api.state.database = Database(url)
     api.state.watch = JobWatch(api.state.database, settings.poll_seconds)

@@ -9,6 +9,8 @@ from typing import Annotated, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app import failpoints
+
 Seconds = Annotated[float, Field(gt=0)]
 Bytes = Annotated[int, Field(gt=0)]
 GPU_CLASS_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
@@ -118,11 +120,32 @@ class Settings(BaseSettings):
     runner_command: tuple[str, ...] = (sys.executable, "-m", "workers.runner")
     runner_environment: tuple[str, ...] = ()
     """Names of further variables to hand to the runner, which otherwise sees no secret."""
+    step_memory_bytes: Bytes | None = None
+    """Memory that a step's process and its children may hold, on Linux. Not counted: GPU memory, mapped files.
+
+    None: nearly all that the machine or container has.
+    """
+    step_seconds: Seconds | None = 86_400.0
+    """How long one attempt at a step may take; None: as long as it likes."""
+    step_file_bytes: Bytes = 256 << 30
+    """The largest file that a step may write."""
     device: str = "auto"
     spill_activations: bool = False
     """Keep hidden states in files of a step's working folder instead of memory."""
     progress_seconds: Seconds = 1.0
     """Progress lines of a child are written to the database at most this often."""
+
+    failpoint: str = ""
+    """For tests: where this process dies, pauses or fails (`app/failpoints.py`)."""
+    failpoint_dir: Path | None = None
+    """Without this folder `failpoint` has no effect."""
+
+    @field_validator("failpoint")
+    @classmethod
+    def _is_a_failpoint(cls, failpoint: str) -> str:
+        if failpoint:
+            failpoints.parse(failpoint)
+        return failpoint
 
     @field_validator("broker_url")
     @classmethod

@@ -216,6 +216,15 @@ class Storage:
         for chunk in obstore.get(self._store, key).stream(min_chunk_size=CHUNK_BYTES):
             yield bytes(chunk)
 
+    def digest(self, key: str) -> Stored:
+        """Read an object and say what it is. Raises `FileNotFoundError` and `StorageError`."""
+        try:
+            return self._digest(key)
+        except FileNotFoundError:
+            raise
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot read {Path(key).name}: {_first_line(error)}") from error
+
     def _digest(self, key: str) -> Stored:
         digest, size = hashlib.sha256(), 0
         for chunk in self._chunks(key):

@@ -19,10 +19,13 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import psycopg
 import pytest
 from psycopg import sql
@@ -74,43 +77,84 @@ def _running() -> str | None:
 
 
 def _private(stack: contextlib.ExitStack) -> str | None:
-    """A server of our own in a temporary folder, without durability and on a free port."""
-    binaries = _binaries()
-    user = _unprivileged_user()
-    if binaries is None or user is None:
+    server = PrivatePostgres()
+    if not server.make(stack):
         return None
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orthokv-postgres-")))
-    account = pwd.getpwnam(user)
-    if os.getuid() == 0:
-        os.chown(folder, account.pw_uid, account.pw_gid)
-    uid, gid = (account.pw_uid, account.pw_gid) if os.getuid() == 0 else (None, None)
-    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": str(folder)}
-    data = folder / "data"
-    made = subprocess.run(
-        [binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"],
-        capture_output=True,
-        cwd=folder,
-        env=environment,
-        user=uid,
-        group=gid,
-        check=False,
-    )
-    if made.returncode != 0:
-        return None
-    port = free_port()
-    options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
-    server = subprocess.Popen(
-        [binaries / "postgres", "-D", data, "-p", str(port), *(f"-c{k}={v}" for k, v in options.items())],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,
-        env=environment,
-        user=uid,
-        group=gid,
-    )
-    stack.callback(server.wait)
-    stack.callback(server.send_signal, signal.SIGINT)  # a fast shutdown: it waits for no client
-    return wait_for(_conninfo(port, "postgres"), _answers)
+    server.start()
+    stack.callback(server.stop)
+    return server.conninfo if wait_for(server.conninfo, _answers) else None
+
+
+class PrivatePostgres:
+    """A server of our own in a temporary folder and on a free port: killed, started again.
+
+    Without `fsync`, so it survives the death of its processes and not that of the machine.
+    """
+
+    def __init__(self) -> None:
+        self._port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._account: dict[str, Any] = {}
+        self.conninfo = _conninfo(self._port, "postgres")
+        self.url = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
+
+    def make(self, stack: contextlib.ExitStack) -> bool:
+        """Make the data folder, removed with the stack; False where that cannot be done."""
+        binaries = _binaries()
+        user = _unprivileged_user()
+        if binaries is None or user is None:
+            return False
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="orthokv-postgres-")))
+        account = pwd.getpwnam(user)
+        environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "HOME": str(folder)}
+        self._account = {"cwd": folder, "env": environment}
+        if os.getuid() == 0:
+            os.chown(folder, account.pw_uid, account.pw_gid)
+            self._account |= {"user": account.pw_uid, "group": account.pw_gid}
+        data = folder / "data"
+        options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
+        self._command = [binaries / "postgres", "-D", data, "-p", str(self._port)]
+        self._command += [f"-c{name}={value}" for name, value in options.items()]
+        made = subprocess.run(
+            [binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"],
+            capture_output=True,
+            check=False,
+            **self._account,
+        )
+        return made.returncode == 0
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **self._account
+        )
+
+    def restart(self) -> None:
+        """Start until it answers: the orphans of a killed server keep its memory for a moment."""
+        while True:
+            self.start()
+            while self._process is not None and self._process.poll() is None:
+                if _answers(self.conninfo):
+                    return
+                time.sleep(0.05)
+            time.sleep(0.1)
+
+    def family(self) -> list[psutil.Process]:
+        """The server and its backends."""
+        assert self._process is not None
+        server = psutil.Process(self._process.pid)
+        return [server, *server.children()]
+
+    def kill(self) -> None:
+        """`kill -9` of the server; its backends follow by themselves."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """A fast shutdown: it waits for no client."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.wait()
 
 
 def _installed(stack: contextlib.ExitStack) -> str | None:

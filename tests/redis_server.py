@@ -68,6 +68,9 @@ class PrivateRedis:
             self._process.kill()
             self._process.wait()
 
+    def answers(self) -> bool:
+        return _answers(self.url)
+
     def empty(self) -> None:
         with redis.Redis.from_url(self.url) as client:
             client.flushall()

@@ -11,6 +11,7 @@ from typing import Any, assert_never
 
 import structlog
 
+from app import failpoints
 from app.database import SyncDatabase
 from app.jobs.commits import IncompleteResult, Produced, commit_layer, commit_progress, finish_step
 from app.jobs.dispatch import WakeListener
@@ -29,6 +30,7 @@ from app.settings import Settings
 from app.storage import Storage, StorageError
 from workers.child import Child
 from workers.heartbeat import Heartbeat, Stop
+from workers.limits import Excess, Limits
 from workers.orders import load_order, prepare
 from workers.protocol import Error, File, Progress, ProtocolError, Request, Result
 
@@ -110,7 +112,10 @@ class Attempt:
 
     def _run_child(self, request: Request) -> Done | Failure:
         settings = self._settings
-        child = Child(settings.runner_command, request, environment=settings.runner_environment)
+        limits = Limits.of(settings)
+        child = Child(
+            settings.runner_command, request, environment=settings.runner_environment, limits=limits
+        )
         with self._child_guard:
             self._child = child
         if self._heartbeat.reason is not None:  # stopped before there was a child to kill
@@ -132,6 +137,8 @@ class Attempt:
         status = child.wait()
         if status != 0 and self._heartbeat.reason is None:
             self._log.warning("child.failed", status=status, stderr=child.stderr_tail())
+        if status != 0 and child.excess is not None:
+            return _excess(child.excess, limits)
         if isinstance(end, Error):
             return _failure(end)
         if status != 0:
@@ -149,7 +156,9 @@ class Attempt:
             raise ProtocolError(f"{message.name} was made twice")
         lease = self._lease
         key = f"jobs/{lease.job_id}/{lease.step_id}/{lease.fence}/{message.name}"
+        failpoints.hit("upload.before")
         stored = self._storage.put_file(key, path)
+        failpoints.hit("upload.after")
         produced = Produced(
             filename=message.name,
             object_key=key,
@@ -167,6 +176,7 @@ class Attempt:
         # Asked before the commit: a stop that comes during it waits for the layer that is being fitted by then.
         draining = self._draining
         self._database.write(commit_layer, lease, produced)
+        failpoints.hit("layer.committed")
         self._log.info("layer.committed", layer=message.layer)
         path.unlink()
         if draining:
@@ -207,6 +217,7 @@ class Attempt:
                 assert_never(outcome)
 
     def _finish(self, done: Done) -> None:
+        failpoints.hit("finish.before")
         try:
             self._database.write(
                 finish_step,
@@ -218,6 +229,7 @@ class Attempt:
         except IncompleteResult as error:
             self._fail(Failure(JobErrorCode.INTERNAL, f"The runner broke its protocol: {error}", False))
         else:
+            failpoints.hit("finish.after")
             self._log.info("attempt.succeeded")
 
     def _fail(self, failure: Failure) -> None:
@@ -229,6 +241,19 @@ class Attempt:
         with self._child_guard:
             if self._child is not None:
                 self._child.kill()
+
+
+def _excess(excess: Excess, limits: Limits) -> Failure:
+    match excess:
+        case Excess.MEMORY:
+            message = f"The step held more than {limits.memory_bytes} bytes of memory and was ended."
+            return Failure(JobErrorCode.OUT_OF_MEMORY, message, retryable=True)
+        case Excess.TIME:
+            # Again would take as long again; what a fit step has committed is kept for a retry.
+            message = f"The step took more than {limits.seconds:g} seconds and was ended."
+            return Failure(JobErrorCode.STEP_TIMEOUT, message, retryable=False)
+        case _:
+            assert_never(excess)
 
 
 def _failure(error: Error) -> Failure:

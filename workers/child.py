@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
+from workers.limits import Excess, Limits, Watchdog
 from workers.protocol import MAX_LINE_BYTES, Error, File, Progress, Request, Result, parse
 
 STDERR_TAIL_BYTES = 16_384
@@ -42,17 +43,20 @@ _PASSED_ON = (
 class Child:
     """One run of the runner."""
 
-    def __init__(self, command: Sequence[str], request: Request, *, environment: Sequence[str]) -> None:
+    def __init__(
+        self, command: Sequence[str], request: Request, *, environment: Sequence[str], limits: Limits
+    ) -> None:
         names = (*_PASSED_ON, *environment)
         passed_on = {name: os.environ[name] for name in names if name in os.environ}
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), *command],
+            [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), limits.of_kernel, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={**passed_on, "TMPDIR": request.workdir, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
+        self._watchdog = Watchdog(self._process.pid, limits, self.kill)
         self._tail = b""
         self._tail_reader = threading.Thread(target=self._read_stderr, name="child-stderr", daemon=True)
         self._tail_reader.start()
@@ -66,6 +70,11 @@ class Child:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def excess(self) -> Excess | None:
+        """The limit for which the child was killed."""
+        return self._watchdog.excess
 
     def messages(self) -> Iterator[Progress | File | Result | Error]:
         """Messages until the child closes its stdout. Raises `ProtocolError`."""
@@ -96,6 +105,7 @@ class Child:
         A grandchild that holds the pipes would hold us, too.
         """
         self._process.wait()
+        self._watchdog.stop()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 

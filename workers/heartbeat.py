@@ -12,6 +12,7 @@ from typing import Self
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import failpoints
 from app.database import SyncDatabase
 from app.jobs.dispatch import WakeListener
 from app.jobs.lease import Lease, LeaseLost, beat
@@ -92,6 +93,7 @@ class Heartbeat:
 
     def _beat_until_done(self) -> None:
         while not self._done and self._reason is None:
+            failpoints.hit("heartbeat.before")
             try:
                 cancelled = self._database.write(
                     beat, self._lease, lease_seconds=self._settings.lease_seconds
@@ -103,6 +105,7 @@ class Heartbeat:
                 log.warning("heartbeat.failed", job=self._lease.job_id, error=str(error).partition("\n")[0])
             else:
                 self._last_success = time.monotonic()
+                failpoints.hit("heartbeat.after")
                 if cancelled:
                     self.stop(Stop.CANCELLED)
                     return

@@ -117,8 +117,8 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
     Raises `StorageError`.
     """
     inputs, workdir = folder / "inputs", folder / "work"
-    inputs.mkdir(parents=True)
-    workdir.mkdir()
+    for made in (folder.parent.parent, folder.parent, folder, inputs, workdir):
+        made.mkdir(mode=0o700, parents=True, exist_ok=made not in (inputs, workdir))
     for source in order.inputs:
         storage.fetch(source.object_key, inputs / source.filename, sha256=source.sha256)
     asked = order.spec["dataset"]

@@ -6,7 +6,9 @@ committed), then ``result`` or ``error``. It knows nothing of databases, leases 
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import sys
 import threading
@@ -16,7 +18,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from huggingface_hub import constants as hub_constants
 
+from app import failpoints
 from orthokv.allocate import check_reachable
 from orthokv.budget import Budget
 from orthokv.capture import spilled_to
@@ -125,8 +129,12 @@ class Job:
         self.settings = FitSettings(**settings)
 
     def source(self) -> ModelSource:
+        """The checked model on disk. It is the only thing that a step fetches: from here on the hub is out of reach."""
         model = self.request["model"]
-        return resolve_model(model["id"], revision=model["revision"])
+        source = resolve_model(model["id"], revision=model["revision"])
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        hub_constants.HF_HUB_OFFLINE = True  # the client has read the variable when it was imported
+        return source
 
     def text(self) -> TextSource | TextMixture:
         parts = tuple(
@@ -283,6 +291,7 @@ def run(request: dict[str, Any], wire: Wire) -> int:
         job = Job(request, wire)
         with spilled_to(job.spill):
             result = STEPS[request["step"]](job)
+        failpoints.hit(f"child.{request['step']}")
         wire.result(result)
         return 0
     except BudgetUnreachable as error:
@@ -294,13 +303,16 @@ def run(request: dict[str, Any], wire: Wire) -> int:
     except Exception as error:
         if not is_storage_failure(error):
             raise
-        wire.error("storage_error", f"cannot write the work folder: {error}", retryable=True)
+        # A file beyond the worker's limit is too large the next time, too.
+        again = getattr(error, "errno", None) != errno.EFBIG and f"os error {errno.EFBIG}" not in str(error)
+        wire.error("storage_error", f"cannot write the work folder: {error}", retryable=again)
     return 1
 
 
 def main() -> int:
     # Libraries may print: only the protocol may reach standard output.
     wire, sys.stdout = Wire(sys.stdout), sys.stderr
+    failpoints.arm_from_environment()
     return run(json.loads(sys.stdin.read()), wire)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import failpoints
 from app.database import SyncDatabase
 from app.jobs import repository
 from app.jobs.dispatch import Dispatcher, WakeListener, make_dispatcher
@@ -106,7 +107,7 @@ class Supervisor:
 
     def _claim(self) -> Lease | None:
         try:
-            return self._database.write(
+            lease = self._database.write(
                 claim,
                 owner=self._name,
                 lease_seconds=self._settings.lease_seconds,
@@ -116,6 +117,9 @@ class Supervisor:
         except SQLAlchemyError as error:
             log.warning("claim.failed", error=str(error).partition("\n")[0])
             return None
+        if lease is not None:
+            failpoints.hit("claim.committed")
+        return lease
 
     def _pass_hint_on(self) -> None:
         if self._relay is None:
@@ -166,6 +170,7 @@ def main() -> None:
 def run(settings: Settings) -> None:
     """Work until SIGTERM or SIGINT."""
     configure()
+    failpoints.arm(settings.failpoint, settings.failpoint_dir)
     supervisor = Supervisor(settings)
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:

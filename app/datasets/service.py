@@ -8,6 +8,7 @@ from pathlib import PurePath
 from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect
 
+from app import failpoints
 from app.audit.service import record
 from app.auth.principal import Principal
 from app.database import Database, clock
@@ -74,6 +75,7 @@ async def upload(
         raise Problem(
             Code.STORAGE_ERROR, "The upload could not be stored; nothing of it was kept."
         ) from error
+    failpoints.hit("dataset.stored")
     return await database.write(
         _point_at,
         dataset_id=dataset_id,
@@ -98,6 +100,8 @@ def complete(
     if row.completed_at is None:
         row.completed_at = clock(session)
         record(session, principal, "dataset.completed", row.id)
+        session.flush()
+        failpoints.hit("dataset.completing")
     return _dataset(session, row, settings)
 
 

@@ -74,7 +74,12 @@ def commit_layer(session: Session, lease: Lease, produced: Produced) -> None:
     )
     step.failures = 0  # a step that gets on is not a step that fails
     _show_layers(session, job)
-    committed = {"layer": produced.layer, "metrics": produced.metrics, "artifact": artifact.id}
+    committed = {
+        "layer": produced.layer,
+        "metrics": produced.metrics,
+        "artifact": artifact.id,
+        "fence": lease.fence,
+    }
     record(session, job, "layer.committed", committed)
 
 
@@ -114,7 +119,8 @@ def finish_step(
         case StepName.EVALUATE:
             _add_checkpoint(session, job, data["measured"])
     move_step(session, step, StepStatus.SUCCEEDED)
-    record(session, job, "step.succeeded", {"step": step.name, "ordinal": step.ordinal})
+    done = {"step": step.name, "ordinal": step.ordinal, "fence": lease.fence}
+    record(session, job, "step.succeeded", done)
     if not open_next_stage(session, job):
         job.phase, job.progress = "finished", None
         transition(session, job, JobStatus.SUCCEEDED, event="job.succeeded", data={"result": job.result})

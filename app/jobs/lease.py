@@ -85,7 +85,13 @@ def claim(
             attempt.rollback()
             return None
     name = StepName(step.name)
-    about = {"step": name, "ordinal": step.ordinal, "attempt": step.attempts, "worker": owner}
+    about = {
+        "step": name,
+        "ordinal": step.ordinal,
+        "attempt": step.attempts,
+        "fence": step.fence,
+        "worker": owner,
+    }
     if job.phase != name.phase:
         job.phase = name.phase
         job.progress = None
@@ -123,7 +129,12 @@ def release(session: Session, lease: Lease) -> None:
     if _ends_cancelled(session, job, step):
         return
     move_step(session, step, StepStatus.READY)
-    _requeue(session, job, "attempt.released", {"step": step.name, "attempt": step.attempts})
+    _requeue(
+        session,
+        job,
+        "attempt.released",
+        {"step": step.name, "ordinal": step.ordinal, "attempt": step.attempts},
+    )
 
 
 def acknowledge_cancel(session: Session, lease: Lease) -> None:
@@ -152,7 +163,13 @@ def end_attempt(session: Session, job: Job, step: Step, failure: Failure, policy
         delay = policy.backoff_seconds * 2 ** (step.failures - 1) * random.uniform(0.5, 1.5)
         step.not_before = now(delay)  # an SQL expression until the flush
         move_step(session, step, StepStatus.READY, error=error)
-        lost = {"step": step.name, "failures": step.failures, "code": failure.code, "layer": failure.layer}
+        lost = {
+            "step": step.name,
+            "ordinal": step.ordinal,
+            "failures": step.failures,
+            "code": failure.code,
+            "layer": failure.layer,
+        }
         _requeue(session, job, "attempt.lost", lost)
         return True
     move_step(session, step, StepStatus.FAILED, error=error)

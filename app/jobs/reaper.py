@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import structlog
 from sqlalchemy.orm import Session
 
+from app import failpoints
 from app.artifacts import repository as artifacts
 from app.database import SyncDatabase
 from app.datasets import repository as datasets
@@ -53,11 +55,14 @@ class Reaper:
         """Every repair but the orphans', once."""
         settings = self._settings
         policy = RetryPolicy(settings.max_failures, settings.retry_backoff_seconds)
+        lost = self._database.write(return_lost, policy)
+        failpoints.hit("reaper.mid_sweep")
         done = {
-            "attempts_lost": self._database.write(return_lost, policy),
+            "attempts_lost": lost,
             "cancels_forced": self._database.write(
                 end_stuck_cancels, grace_seconds=settings.cancel_grace_seconds
             ),
+            "times_mended": self._database.write(mend_times, policy, lease_seconds=settings.lease_seconds),
             "keys_expired": self._database.write(forget_idempotency_keys),
             "hints_resent": self._database.read(
                 resend_hints, self._dispatcher, after_seconds=settings.hint_after_seconds
@@ -96,6 +101,7 @@ def return_lost(session: Session, policy: RetryPolicy, *, owner: str | None = No
         if job is None or step is None:
             continue  # a late heartbeat extended the lease, or another reaper was here first
         end_attempt(session, job, step, WORKER_LOST, policy)
+        failpoints.hit("reaper.returning")
         count += 1
     return count
 
@@ -116,6 +122,17 @@ def end_stuck_cancels(session: Session, *, grace_seconds: float) -> int:
     return count
 
 
+def mend_times(session: Session, policy: RetryPolicy, *, lease_seconds: float) -> int:
+    """Undo what a clock that was put back leaves behind: steps and leases of a time that is long to come.
+
+    Returns how many. Other processes may have longer leases, so only ten times our own is beyond any.
+    """
+    longest_wait = policy.backoff_seconds * 2**policy.max_failures
+    return repository.hurry_late_steps(session, delay_seconds=longest_wait) + repository.shorten_long_leases(
+        session, limit_seconds=10 * lease_seconds, lease_seconds=lease_seconds
+    )
+
+
 def resend_hints(session: Session, dispatcher: Dispatcher, *, after_seconds: float) -> int:
     """Wake workers when ready steps have waited for too long."""
     waiting = repository.count_waiting(session, older_than_seconds=after_seconds)
@@ -129,30 +146,45 @@ def forget_idempotency_keys(session: Session) -> int:
 
 
 def sweep_orphans(database: SyncDatabase, storage: Storage, *, age: timedelta) -> int:
-    """Delete objects that no row refers to: what a worker uploaded and then could not commit.
-
-    An object younger than `age`, or under the fence of a running step, may still get its row.
-    """
-    live = database.read(repository.live_fences)
+    """Delete objects that no row refers to: what a worker uploaded and then could not commit."""
     count = storage.delete_staging(age)
     batch: list[str] = []
 
     def flush() -> int:
-        known = database.read(artifacts.known_keys, batch) | database.read(datasets.known_keys, batch)
-        orphans = [key for key in batch if key not in known]
-        if orphans:
-            storage.delete(orphans)
+        failpoints.hit("reaper.orphans")
+        storage.delete(batch)
+        deleted = len(batch)
         batch.clear()
-        return len(orphans)
+        return deleted
+
+    for key in find_orphans(database, storage, age=age):
+        batch.append(key)
+        if len(batch) == _BATCH:
+            count += flush()
+    return count + (flush() if batch else 0)
+
+
+def find_orphans(database: SyncDatabase, storage: Storage, *, age: timedelta) -> Iterator[str]:
+    """Keys that no row refers to.
+
+    An object younger than `age`, or under the fence of a running step, may still get its row.
+    """
+    batch: list[str] = []
+
+    def unknown() -> list[str]:
+        # Fences first: a step that is no longer running by then has all the rows that it will ever have. So
+        # a clock that jumps, and makes young objects old, costs no object that is about to be committed.
+        live = database.read(repository.live_fences)
+        known = database.read(artifacts.known_keys, batch) | database.read(datasets.known_keys, batch)
+        return [key for key in batch if key not in known and _fence_of(key) not in live]
 
     for prefix in ("jobs", "datasets", "readiness"):
         for key in storage.list_older(prefix, age):
-            if _fence_of(key) in live:
-                continue
             batch.append(key)
             if len(batch) == _BATCH:
-                count += flush()
-    return count + flush()
+                yield from unknown()
+                batch.clear()
+    yield from unknown()
 
 
 def _fence_of(key: str) -> tuple[str, int] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.auth.models import Project
 from app.auth.repository import lock_project
@@ -222,10 +223,44 @@ def lost_steps(session: Session, *, owner: str | None = None) -> list[tuple[str,
 def stuck_cancels(session: Session, *, grace_seconds: float) -> list[str]:
     statement = (
         select(Job.id)
-        .where(Job.status == JobStatus.CANCELLING, Job.cancel_requested_at < now(-grace_seconds))
+        .where(
+            Job.status == JobStatus.CANCELLING,
+            # A request of the future is one of before the clock was put back: nobody will answer it.
+            or_(Job.cancel_requested_at < now(-grace_seconds), Job.cancel_requested_at > now(grace_seconds)),
+        )
         .order_by(Job.id)
     )
     return list(session.execute(statement).scalars())
+
+
+def hurry_late_steps(session: Session, *, delay_seconds: float) -> int:
+    """Make steps ready that would wait longer than anything waits: the clock was put back. Returns how many."""
+    statement = (
+        update(Step)
+        .where(Step.status == StepStatus.READY, Step.not_before > now(delay_seconds))
+        .values(not_before=now())
+        .returning(Step.id)
+    )
+    return _count(session, statement)
+
+
+def shorten_long_leases(session: Session, *, limit_seconds: float, lease_seconds: float) -> int:
+    """End leases soon that run longer than any lease does, for the same reason. Returns how many.
+
+    One that is still held is extended by its next heartbeat.
+    """
+    statement = (
+        update(Step)
+        .where(Step.status == StepStatus.RUNNING, Step.lease_expires_at > now(limit_seconds))
+        .values(lease_expires_at=now(lease_seconds))
+        .returning(Step.id)
+    )
+    return _count(session, statement)
+
+
+def _count(session: Session, statement: ReturningUpdate[str]) -> int:
+    result = session.execute(statement, execution_options={"synchronize_session": False})
+    return len(result.scalars().all())
 
 
 def count_waiting(session: Session, *, older_than_seconds: float = 0.0) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from app import failpoints
 from app.auth.dependency import JobsRead, JobsWrite, guarded
 from app.dependencies import Config, Db, Hints, PageCursor, Watch
 from app.errors import Code
@@ -66,6 +67,7 @@ async def create(
         status_code=201,
         collection="/v1/jobs",
     )
+    failpoints.hit("job.committed")
     hints.hint(body.gpu_class)
     return response
 

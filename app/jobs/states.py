@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from app import failpoints
 from app.database import clock
 from app.events.models import Event
 from app.jobs.models import Job, Step
@@ -29,6 +30,8 @@ def transition(
     """Move a job along an allowed edge and record why."""
     if to not in JOB_EDGES[JobStatus(job.status)]:
         raise IllegalTransition(job.id, job.status, to)
+    failpoints.hit("transition.enter")
+    failpoints.hit_after_commit(session, "transition.committed")
     job.status = to
     moment = clock(session)
     if to is JobStatus.RUNNING and job.started_at is None:
@@ -37,6 +40,7 @@ def transition(
         job.cancel_requested_at = moment
     job.finished_at = moment if to in TERMINAL else None
     record(session, job, event, data)
+    failpoints.hit("transition.recorded")
 
 
 def record(session: Session, job: Job, event: str, data: dict[str, Any] | None = None) -> None:

@@ -27,7 +27,7 @@ from orthokv.client.watch import DownloadBar, show, summary
 
 FAILED, BAD_INPUT, BUDGET_UNREACHABLE = 1, 2, 3
 # Why a job failed that is not its input's fault; other codes are.
-OURS = {"storage_error", "out_of_memory", "worker_lost", "internal"}
+OURS = {"storage_error", "out_of_memory", "step_timeout", "worker_lost", "internal"}
 DEFAULT_SEQUENCE_LENGTH = 1024
 # Where configurations of models say what their longest context is.
 _CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len")

@@ -2,7 +2,8 @@
 
     python scripted_runner.py FOLDER
 
-`FOLDER/script.json` holds `{"layers": N, "faults": [...]}`. A fault is `{"step", "run", "do", "layer"?}`: in the
+`FOLDER/script.json` holds `{"layers": N, "faults": [...]}`, and `"pace": SECONDS` for long runs: so long
+a step or layer takes at most, and nothing is noted. A fault is `{"step", "run", "do", "layer"?}`: in the
 `run`-th run of a step (from 0), at that layer or at once, do one of `FAULTS`. Each run notes itself in
 `FOLDER/runs.jsonl`, so tests can see what was run, and how often.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import signal
 import sys
@@ -19,11 +21,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from app import failpoints
+
 FOLDER = Path(sys.argv[1])
 REQUEST: dict[str, Any] = json.load(sys.stdin)
 SCRIPT: dict[str, Any] = json.loads((FOLDER / "script.json").read_text())
 STEP: str = REQUEST["step"]
 WORKDIR = Path(REQUEST["workdir"])
+LIMITS = ("CORE", "FSIZE", "NOFILE")
 
 
 def say(**message: Any) -> None:
@@ -126,6 +131,30 @@ def full_disk() -> None:
         sys.exit(1)
 
 
+def eat_memory() -> None:
+    """Grow until somebody ends it, touching every page."""
+    held = []
+    while True:
+        held.append(bytearray(b"x" * (4 << 20)))
+        time.sleep(0.01)
+
+
+def eat_memory_in_a_grandchild() -> None:
+    if os.fork() == 0:
+        eat_memory()
+    signal.pause()
+
+
+def write_much() -> None:
+    with (WORKDIR / "large").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * (1 << 20))
+        except OSError as error:
+            say(type="error", code="storage_error", message=str(error), retryable=False)
+    sys.exit(1)
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     function.__name__: function
     for function in (
@@ -146,6 +175,9 @@ FAULTS: dict[str, Callable[[], None]] = {
         slash_in_name,
         leave_grandchild,
         full_disk,
+        eat_memory,
+        eat_memory_in_a_grandchild,
+        write_much,
     )
 }
 
@@ -153,12 +185,18 @@ FAULTS: dict[str, Callable[[], None]] = {
 def note_run() -> int:
     """Record this run; returns how many runs of this step came before."""
     file = FOLDER / "runs.jsonl"
+    if "pace" in SCRIPT:
+        return 0
     earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     run = {
         "step": STEP,
         "layers": REQUEST["layers"],
         "pid": os.getpid(),
         "environment": sorted(os.environ),
+        "limits": {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name}")) for name in LIMITS},
+        "umask": os.umask(0o077),
+        "no_new_privs": "NoNewPrivs:\t1" in Path("/proc/self/status").read_text(),
+        "temporary": os.environ["TMPDIR"],
         "request": REQUEST,
     }
     with file.open("a") as opened:
@@ -170,6 +208,10 @@ def perform(run: int, layer: int | None) -> None:
     for fault in SCRIPT["faults"]:
         if (fault["step"], fault["run"], fault.get("layer")) == (STEP, run, layer):
             FAULTS[fault["do"]]()
+
+
+def take_time() -> None:
+    time.sleep(random.uniform(0, SCRIPT.get("pace", 0.0)))
 
 
 def content(name: str) -> bytes:
@@ -203,12 +245,14 @@ def run_step() -> dict[str, Any]:
 
 
 def main() -> None:
+    failpoints.arm_from_environment()
     run = note_run()
     perform(run, None)
     data: dict[str, Any] = {}
     if STEP == "fit":
         for layer in REQUEST["layers"]:
             perform(run, layer)
+            take_time()
             say(type="progress", phase="fitting", done=layer, total=SCRIPT["layers"], unit="layer")
             make(
                 f"layer-{layer:03d}.safetensors",
@@ -218,7 +262,9 @@ def main() -> None:
             )
     else:
         say(type="progress", phase=f"{STEP}-halfway", done=1, total=2, unit="sample")
+        take_time()
         data = run_step()
+    failpoints.hit(f"child.{STEP}")
     say(type="result", data=data)
 
 

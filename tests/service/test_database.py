@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from alembic import command
-from sqlalchemy import inspect, select
+from sqlalchemy import inspect, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app.auth.principal import DEFAULT_PROJECT_ID
@@ -94,3 +97,24 @@ def test_migrations_make_exactly_the_models_and_can_be_undone(bare_url: str) -> 
 def test_a_database_of_another_kind_is_refused() -> None:
     with pytest.raises(DatabaseUnusable, match="mysql"):
         SyncDatabase("mysql://localhost/x")
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_without_end() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        database = SyncDatabase(f"postgresql://nobody@127.0.0.1:{port}/none?connect_timeout=2")
+        began = time.monotonic()
+        with pytest.raises(OperationalError):
+            database.read(lambda session: session.execute(text("SELECT 1")))
+        assert time.monotonic() - began < 8
+        database.close()
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+def test_every_connection_notices_a_dead_network(database: SyncDatabase) -> None:
+    with database.engine.connect() as connection:
+        driver = connection.connection.dbapi_connection
+        assert driver is not None
+        parameters = driver.info.get_parameters()
+    assert parameters["tcp_user_timeout"] == "30000"
+    assert parameters["connect_timeout"] == "10"

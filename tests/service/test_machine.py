@@ -8,18 +8,19 @@ from functools import partial
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from app.auth.principal import local_principal
-from app.database import SyncDatabase
+from app.checker.checks import check_rows
+from app.database import SyncDatabase, now
 from app.errors import Problem
 from app.events.models import Event
 from app.jobs import service
 from app.jobs.commits import IncompleteResult
 from app.jobs.lease import Failure, Lease, LeaseLost, acknowledge_cancel, beat, fail, release
 from app.jobs.models import Job, Layer, Step
-from app.jobs.reaper import end_stuck_cancels, return_lost
+from app.jobs.reaper import end_stuck_cancels, mend_times, return_lost
 from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobStatus, StepName, StepStatus
 from app.models import metadata
 from app.settings import Settings
@@ -177,6 +178,29 @@ class Service(RuleBasedStateMachine):
             expire(self.database, lease)
             self.database.write(return_lost, POLICY)
             del self.alive[step_id]
+
+    @rule(pick=picks)
+    def put_the_clock_back(self, pick: int) -> None:
+        """Times that were written while the clock was ahead are mended, and nobody loses a lease by it."""
+        if pick % 4 == 0:
+            later = now(90_000.0)
+            ready, running = Step.status == StepStatus.READY, Step.status == StepStatus.RUNNING
+            self.database.write(lambda s: s.execute(update(Step).where(ready).values(not_before=later)))
+            self.database.write(
+                lambda s: s.execute(update(Step).where(running).values(lease_expires_at=later))
+            )
+            self.database.write(mend_times, POLICY, lease_seconds=LEASE_SECONDS)
+            claimable = select(func.count()).where(ready, Step.not_before > now())
+            assert self.database.read(lambda s: s.execute(claimable).scalar_one()) == 0
+
+    @rule()
+    def reap(self) -> None:
+        """A sweep finds only what is lost: living leases stand."""
+        assert self.database.write(return_lost, POLICY) == 0
+
+    def teardown(self) -> None:
+        """The checker, which shares no code with this model, agrees."""
+        assert self.database.read(check_rows).violations == []
 
     @rule()
     def reap_cancels(self) -> None:
