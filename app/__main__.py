@@ -1,16 +1,17 @@
-"""`python -m app api`, `migrate` and `keys`: the API's commands where the library is not installed."""
+"""`python -m app api`, `migrate`, `keys` and `projects`: the API's commands where the library is not installed."""
 
 from __future__ import annotations
 
 import typer
 
-from app.auth.cli import keys
+from app.auth.cli import keys, projects
 from app.cli import api, migrate
 
 commands = typer.Typer(help="The API of OrthoKV.", no_args_is_help=True, add_completion=False)
 commands.command()(api)
 commands.command()(migrate)
 commands.add_typer(keys, name="keys")
+commands.add_typer(projects, name="projects")
 
 if __name__ == "__main__":
     commands()

@@ -24,7 +24,7 @@ from app.watch import show, summary
 
 BUDGET_UNREACHABLE = 3
 # Why a job failed that is not its input's fault; other codes are.
-OURS = {"storage_error", "out_of_memory", "worker_lost", "internal"}
+OURS = {"storage_error", "out_of_memory", "time_limit_exceeded", "worker_lost", "internal"}
 
 jobs = typer.Typer(help="Submit and follow jobs of a running service.", no_args_is_help=True)
 

@@ -8,6 +8,7 @@ boundary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -121,6 +122,22 @@ def clock(session: Session) -> datetime:
     return session.execute(select(now())).scalar_one()
 
 
+@dataclass(frozen=True)
+class Timeouts:
+    """What Postgres ends by itself; SQLite has no such limits, but one for the wait for its one writer."""
+
+    statement_seconds: float
+    lock_seconds: float
+
+
+def _limits(url: str, timeouts: Timeouts | None) -> dict[str, Any]:
+    """`connect_args` of an engine."""
+    if timeouts is None or make_url(url).get_backend_name() != "postgresql":
+        return {}
+    statement, lock = round(timeouts.statement_seconds * 1000), round(timeouts.lock_seconds * 1000)
+    return {"options": f"-c statement_timeout={statement} -c lock_timeout={lock}"}
+
+
 def _driver_url(url: str, *, sqlite_driver: str) -> URL:
     parsed = make_url(url)
     backend = parsed.get_backend_name()
@@ -168,8 +185,12 @@ _WRITE = {"sqlite_begin": "IMMEDIATE"}
 class Database:
     """Transactions of the API: each call is one transaction in its own session, committed at the end."""
 
-    def __init__(self, url: str) -> None:
-        self._engine = create_async_engine(_driver_url(url, sqlite_driver="aiosqlite"), pool_pre_ping=True)
+    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
+        self._engine = create_async_engine(
+            _driver_url(url, sqlite_driver="aiosqlite"),
+            pool_pre_ping=True,
+            connect_args=_limits(url, timeouts),
+        )
         _prepare(self._engine.sync_engine)
 
     async def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:
@@ -197,8 +218,12 @@ class SyncDatabase:
     The same functions, without an event loop. Safe to use from several threads.
     """
 
-    def __init__(self, url: str) -> None:
-        self.engine = create_engine(_driver_url(url, sqlite_driver="pysqlite"), pool_pre_ping=True)
+    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
+        self.engine = create_engine(
+            _driver_url(url, sqlite_driver="pysqlite"),
+            pool_pre_ping=True,
+            connect_args=_limits(url, timeouts),
+        )
         _prepare(self.engine)
 
     def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:

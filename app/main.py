@@ -17,9 +17,10 @@ import app.events.routes
 import app.health
 import app.jobs.routes
 import app.profiles.routes
+import app.quotas.routes
 from app import errors
 from app.auth.rate import RateLimit
-from app.database import Database, SyncDatabase
+from app.database import Database, SyncDatabase, Timeouts
 from app.events.routes import StreamSlots
 from app.jobs.dispatch import make_dispatcher
 from app.jobs.reaper import Reaper
@@ -39,10 +40,11 @@ closed list."""
 async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
     settings: Settings = api.state.settings
     url = settings.resolved_database_url
-    api.state.database = Database(url)
+    timeouts = Timeouts(settings.statement_timeout_seconds, settings.lock_timeout_seconds)
+    api.state.database = Database(url, timeouts)
     api.state.storage = open_storage(settings)
     api.state.dispatcher = make_dispatcher(settings)
-    repairs = SyncDatabase(url)
+    repairs = SyncDatabase(url, timeouts)
     reaper = Reaper(repairs, api.state.storage, api.state.dispatcher, settings)
     reaper.start()
     try:
@@ -65,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     api.state.settings = settings
-    api.state.streams = StreamSlots(settings.max_event_streams)
+    api.state.streams = StreamSlots(settings.max_event_streams, settings.max_event_streams_per_key)
     api.state.rate_limit = RateLimit(settings.rate_limit_requests, settings.rate_limit_window_seconds)
     errors.install(api)
     api.add_middleware(PlainQueries)
@@ -79,6 +81,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.profiles.routes.router,
         app.checkpoints.routes.router,
         app.artifacts.routes.router,
+        app.quotas.routes.router,
         app.auth.routes.projects,
         app.auth.routes.keys,
         app.audit.routes.router,

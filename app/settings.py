@@ -75,11 +75,20 @@ class Settings(BaseSettings):
     """Limits of a project that has none of its own; None: no limit."""
     max_running_steps: Annotated[int, Field(ge=1)] | None = None
     max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
+    max_runtime_minutes: Annotated[int, Field(ge=1)] | None = None
+    """How long a job that names no limit of its own may take from its first step on; None: as long as it needs."""
+
+    statement_timeout_seconds: Seconds = 30.0
+    """On Postgres, a statement that takes longer is ended; a request then gets 503."""
+    lock_timeout_seconds: Seconds = 10.0
+    """The same for a statement that waits for a lock."""
 
     max_body_bytes: Bytes = 1 << 20
     max_dataset_bytes: Bytes = 4 << 30
     max_wait_seconds: Seconds = 60.0
     max_event_streams: Annotated[int, Field(ge=1)] = 100
+    """Event streams that one process serves at a time, and how many of them one key may have."""
+    max_event_streams_per_key: Annotated[int, Field(ge=1)] = 20
     max_stream_seconds: Seconds = 900.0
     """An event stream ends after this long; the client comes back with `Last-Event-ID`, and with its key."""
     poll_seconds: Seconds = 0.25
@@ -104,6 +113,8 @@ class Settings(BaseSettings):
     """Failures of one step, without a layer committed in between, that end the job."""
     orphan_hours: Annotated[float, Field(gt=0)] = 24.0
     orphan_sweep_seconds: Seconds = 3600.0
+    garbage_seconds: Annotated[float, Field(ge=0)] = 300.0
+    """Bytes of what was deleted go this much later, so that downloads that have begun can end."""
 
     worker_name: str = ""
     """A name that only one living worker has.

@@ -22,6 +22,7 @@ from app.jobs.states import record, transition
 from app.jobs.unfold import add_first_steps, first_step, reopen
 from app.jobs.vocabulary import JobKind, JobStatus
 from app.pagination import Cursor, Page, page
+from app.profiles.repository import share_profile
 from app.quotas.service import require_room_for_job
 from app.settings import Settings
 
@@ -36,7 +37,7 @@ def create(session: Session, *, body: JobCreate, principal: Principal, settings:
     for text in body.dataset.texts:
         if text.id is not None:
             require_ready(session, text.id, principal)
-    spec = body.model_dump(mode="json", exclude={"metadata", "priority", "gpu_class"})
+    spec = body.model_dump(mode="json", exclude={"metadata", "priority", "gpu_class", "max_runtime_minutes"})
     return _queue(
         session,
         principal=principal,
@@ -48,6 +49,7 @@ def create(session: Session, *, body: JobCreate, principal: Principal, settings:
         labels=body.metadata,
         priority=body.priority,
         gpu_class=body.gpu_class,
+        max_runtime_minutes=body.max_runtime_minutes,
     )
 
 
@@ -132,8 +134,10 @@ def retry(session: Session, *, job_id: str, principal: Principal, settings: Sett
     row = _lock(session, job_id, principal)
     if row.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
         raise Problem(Code.CONFLICT, "Only a failed or cancelled job can be retried.")
+    _require_origins(session, row, principal)
     require_room_for_job(session, project_id=row.project_id, settings=settings)
     audit(session, principal, "job.retried", row.id)
+    row.deadline_at = None
     row.attempt += 1
     row.error = None
     row.cancel_requested_at = None
@@ -175,6 +179,7 @@ def _queue(
     dataset_id: str | None = None,
     profile_id: str | None = None,
     resolved: dict[str, Any] | None = None,
+    max_runtime_minutes: int | None = None,
 ) -> Job:
     require_room_for_job(session, project_id=principal.project_id, settings=settings)
     row = Row(
@@ -187,6 +192,7 @@ def _queue(
         event_seq=0,
         priority=priority,
         gpu_class=gpu_class,
+        max_runtime_minutes=max_runtime_minutes or settings.max_runtime_minutes,
         model_id=model_id,
         dataset_id=dataset_id,
         profile_id=profile_id,
@@ -213,6 +219,23 @@ def _lock(session: Session, job_id: str, principal: Principal) -> Row:
     if row is None:
         raise not_found("job")
     return row
+
+
+def _require_origins(session: Session, row: Row, principal: Principal) -> None:
+    """Refuse to run again what can no longer end well, and keep the rest from being deleted meanwhile."""
+    profiles = [row.profile_id, (row.result or {}).get("profile_id")]
+    for profile_id in {one for one in profiles if one is not None}:
+        if share_profile(session, profile_id, project_id=principal.project_id) is None:
+            raise Problem(Code.CONFLICT, "The profile that the job needs has been deleted.")
+    asked = row.spec.get("dataset")
+    if asked is None:
+        return
+    for part in (asked, *asked.get("also", [])):
+        if part["id"] is not None:
+            try:
+                require_ready(session, part["id"], principal)
+            except Problem as problem:
+                raise Problem(Code.CONFLICT, "A dataset that the job needs has been deleted.") from problem
 
 
 def _check_gpu_class(gpu_class: str, known: Sequence[str]) -> None:

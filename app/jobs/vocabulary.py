@@ -101,5 +101,6 @@ class JobErrorCode(StrEnum):
     INVALID_SETTING = "invalid_setting"
     STORAGE_ERROR = "storage_error"
     OUT_OF_MEMORY = "out_of_memory"
+    TIME_LIMIT_EXCEEDED = "time_limit_exceeded"
     WORKER_LOST = "worker_lost"
     INTERNAL = "internal"
