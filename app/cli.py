@@ -20,7 +20,7 @@ from rich.console import Console
 from app.auth.keys import key_id_of
 from app.client import Client, DigestMismatch, Refused, Unreachable
 from app.starting import BAD_INPUT, FAILED, starting, stop
-from app.watch import show, summary
+from app.watch import estimated, show, summary
 
 BUDGET_UNREACHABLE = 3
 # Why a job failed that is not its input's fault; other codes are.
@@ -165,8 +165,10 @@ def migrate() -> None:
         upgrade(Settings().resolved_database_url)
 
 
+@jobs.command("validate", help="Say what a job would take, and whether it would be taken. Nothing is kept.")
 @jobs.command()
 def submit(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="A local folder or a hub id.")],
     dataset: Annotated[
         list[str], typer.Option(help="A file, or `self`. Given several times: a mixture in equal parts.")
@@ -198,11 +200,14 @@ def submit(
     form: Form = Form.adapter,
     rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
     seed: int = 0,
+    max_runtime_minutes: Annotated[
+        int | None, typer.Option(help="Fail the job when it takes longer.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Send a job; prints its id."""
+    """Send a job; says what it will take, and prints its id."""
     budgets = {"kept": kept, "layer_error": layer_error, "perplexity_increase": perplexity_increase}
     given = [(metric, value) for metric, value in budgets.items() if value is not None]
     if len(given) != 1:
@@ -225,6 +230,7 @@ def submit(
         "form": form,
         "rank_multiple": rank_multiple,
         "seed": seed,
+        "max_runtime_minutes": max_runtime_minutes,
     }
     with _connected(url, api_key_file) as client:
         texts = [
@@ -234,7 +240,18 @@ def submit(
             for name in dataset
         ]
         amount = {"num_samples": num_samples, "sequence_length": sequence_length, "also": texts[1:]}
-        job = client.call("POST", "/v1/jobs", json={**body, "dataset": {**texts[0], **amount}})
+        body["dataset"] = {**texts[0], **amount}
+        found = client.call("POST", "/v1/jobs:validate", json=body)
+        if context.command.name == "validate":
+            for text in texts:  # files were uploaded for the answer alone
+                if "id" in text:
+                    client.delete(f"/v1/datasets/{text['id']}")
+            typer.echo(estimated(found["estimate"]))
+            for problem in found["problems"]:
+                typer.echo(f"orthokv: {problem['detail']}", err=True)
+            raise typer.Exit(0 if found["valid"] else BAD_INPUT)
+        typer.echo(estimated(found["estimate"]), err=True)
+        job = client.call("POST", "/v1/jobs", json=body)
         typer.echo(job["id"])
         if wait:
             _follow(client, job["id"])

@@ -64,6 +64,14 @@ class Client:
         body: dict[str, Any] = response.json()
         return body
 
+    def delete(self, path: str) -> None:
+        """Delete a resource. Raises `Refused` and `Unreachable`."""
+        try:
+            response = self._http.delete(path)
+        except httpx2.TransportError as error:
+            raise Unreachable(f"cannot reach {self._url}: {error}") from error
+        _raise_for_problem(response)
+
     def upload(self, file: Path, *, kind: str | None) -> str:
         """Create a dataset, send a file and confirm it; returns the dataset's id."""
         dataset = self.call("POST", "/v1/datasets", json={"filename": file.name, "format": kind})

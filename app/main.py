@@ -12,6 +12,7 @@ import app.artifacts.routes
 import app.audit.routes
 import app.auth.routes
 import app.checkpoints.routes
+import app.costs.routes
 import app.datasets.routes
 import app.events.routes
 import app.health
@@ -77,6 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.datasets.routes.router,
         app.datasets.routes.upload_router,
         app.jobs.routes.router,
+        app.costs.routes.router,
         app.events.routes.router,
         app.profiles.routes.router,
         app.checkpoints.routes.router,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Self
@@ -14,6 +15,13 @@ Bytes = Annotated[int, Field(gt=0)]
 GPU_CLASS_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
 GpuClass = Annotated[str, Field(pattern=GPU_CLASS_PATTERN)]
 DEFAULT_GPU_CLASS = "default"
+
+
+def _hub_url() -> str:
+    """The hub that workers use, by its client's own variables."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return ""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 class Settings(BaseSettings):
@@ -55,6 +63,8 @@ class Settings(BaseSettings):
 
     The defence of a loopback server against DNS rebinding.
     """
+    hub_url: str = Field(default_factory=_hub_url)
+    """Where `POST /v1/jobs:validate` reads the `config.json` of hub models; empty: nowhere."""
     allow_local_models: bool = False
     """Accept absolute folders as model ids.
 

@@ -76,3 +76,28 @@ def _bar(jobs: Iterable[Job], console: Console) -> Job:
                 bar.update(task, completed=1)
             bar.update(task, status=job["status"])
     return job
+
+
+def estimated(estimate: dict[str, Any]) -> str:
+    """One line about what a job would take."""
+    minutes = estimate["minutes"]
+    if minutes is None:
+        return f"estimate: {estimate['basis']}"
+    low, likely, high = (_time(minutes[name]) for name in ("low", "likely", "high"))
+    sizes = ", ".join(
+        f"{name} {estimate[field] / 1e9:.2f} GB"
+        for name, field in (
+            ("GPU memory", "gpu_memory_bytes"),
+            ("host memory on a CPU", "host_memory_bytes"),
+            ("files", "artifact_bytes"),
+            ("download", "download_bytes"),
+        )
+        if estimate[field]
+    )
+    return f"estimate: {likely} ({low} to {high}; {estimate['basis']}); {sizes}"
+
+
+def _time(minutes: float) -> str:
+    if minutes < 2:
+        return f"{minutes * 60:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

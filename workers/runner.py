@@ -7,6 +7,7 @@ committed), then ``result`` or ``error``. It knows nothing of databases, leases 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import threading
@@ -46,6 +47,7 @@ from orthokv.profile import ErrorProfile, LayerProfile
 from orthokv.progress import Step
 from orthokv.rankgrid import RankGrid
 from orthokv.source import ModelSource, resolve_model
+from orthokv.streaming import stored_tensors
 
 MEDIA_TYPES = {
     ".json": "application/json",
@@ -168,7 +170,12 @@ def resolve(job: Job) -> dict[str, Any]:
     check_key_mode(geometry, job.settings.key_mode)
     calibrated_positions(geometry, job.settings)
     check_reachable(geometry, job.settings.sharing, job.settings.key_mode, job.budget(), job.grid())
-    model = {"id": source.id, "revision": source.revision, "digest": source.digest}
+    model = {
+        "id": source.id,
+        "revision": source.revision,
+        "digest": source.digest,
+        "parameters": sum(math.prod(tensor.shape) for tensor in stored_tensors(source).values()),
+    }
     return {"model": model, "geometry": geometry.to_dict()}
 
 

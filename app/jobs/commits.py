@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from app.artifacts.models import Artifact
 from app.artifacts.repository import files_of_job
 from app.checkpoints.models import Checkpoint, CheckpointFile
+from app.costs.recording import note_cost
 from app.ids import new_id
 from app.jobs import repository
 from app.jobs.lease import Lease, acknowledge_cancel, hold
@@ -113,6 +114,7 @@ def finish_step(
             job.result = {**(job.result or {}), "plan": data["plan"]}
         case StepName.EVALUATE:
             _add_checkpoint(session, job, data["measured"])
+    note_cost(session, job, step)
     move_step(session, step, StepStatus.SUCCEEDED)
     record(session, job, "step.succeeded", {"step": step.name, "ordinal": step.ordinal})
     if not open_next_stage(session, job):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -32,11 +33,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 
 def create(session: Session, *, body: JobCreate, principal: Principal, settings: Settings) -> Job:
     """Queue a job that compresses a model. The queued row is the whole promise; a hint only speeds it up."""
-    _check_model(body.model.id, allow_local_models=settings.allow_local_models)
-    _check_gpu_class(body.gpu_class, settings.gpu_classes)
-    for text in body.dataset.texts:
-        if text.id is not None:
-            require_ready(session, text.id, principal)
+    for check in _checks(session, body, principal, settings):
+        check()
     spec = body.model_dump(mode="json", exclude={"metadata", "priority", "gpu_class", "max_runtime_minutes"})
     return _queue(
         session,
@@ -51,6 +49,31 @@ def create(session: Session, *, body: JobCreate, principal: Principal, settings:
         gpu_class=body.gpu_class,
         max_runtime_minutes=body.max_runtime_minutes,
     )
+
+
+def refusals(
+    session: Session, body: JobCreate, principal: Principal, settings: Settings
+) -> Iterator[Problem]:
+    """Everything for which `create` would refuse this request now. Writes nothing."""
+    checks = _checks(session, body, principal, settings)
+    checks.append(partial(require_room_for_job, session, project_id=principal.project_id, settings=settings))
+    for check in checks:
+        try:
+            check()
+        except Problem as problem:
+            yield problem
+
+
+def _checks(
+    session: Session, body: JobCreate, principal: Principal, settings: Settings
+) -> list[Callable[[], object]]:
+    checks: list[Callable[[], object]] = [
+        partial(_check_model, body.model.id, allow_local_models=settings.allow_local_models),
+        partial(_check_gpu_class, body.gpu_class, settings.gpu_classes),
+    ]
+    ids = [text.id for text in body.dataset.texts if text.id is not None]
+    checks += [partial(require_ready, session, dataset_id, principal) for dataset_id in ids]
+    return checks
 
 
 def create_from_profile(
@@ -247,8 +270,13 @@ def _check_gpu_class(gpu_class: str, known: Sequence[str]) -> None:
         raise Problem(Code.INVALID_REQUEST, "The server has no such GPU class.", errors=[field])
 
 
+def is_hub_id(model_id: str) -> bool:
+    """Whether this names a model of the hub; anything else is a path."""
+    return _HUB_ID.fullmatch(model_id) is not None
+
+
 def _check_model(model_id: str, *, allow_local_models: bool) -> None:
-    if _HUB_ID.fullmatch(model_id):
+    if is_hub_id(model_id):
         return
     if not model_id.startswith("/"):
         field = FieldProblem(
