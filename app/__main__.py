@@ -1,10 +1,10 @@
-"""`python -m app api`, `migrate`, `check` and `keys`: the API's commands where the library is not installed."""
+"""`python -m app api`, `migrate`, `check`, `keys` and `projects`: the API's commands where the library is not installed."""
 
 from __future__ import annotations
 
 import typer
 
-from app.auth.cli import keys
+from app.auth.cli import keys, projects
 from app.checker.cli import check
 from app.cli import api, migrate
 
@@ -13,6 +13,7 @@ commands.command()(api)
 commands.command()(migrate)
 commands.command()(check)
 commands.add_typer(keys, name="keys")
+commands.add_typer(projects, name="projects")
 
 if __name__ == "__main__":
     commands()

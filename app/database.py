@@ -8,6 +8,7 @@ boundary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -128,6 +129,22 @@ def clock(session: Session) -> datetime:
     return session.execute(select(now())).scalar_one()
 
 
+@dataclass(frozen=True)
+class Timeouts:
+    """What Postgres ends by itself; SQLite has no such limits, but one for the wait for its one writer."""
+
+    statement_seconds: float
+    lock_seconds: float
+
+
+def _limits(url: URL, timeouts: Timeouts | None) -> dict[str, str]:
+    """What Postgres is told to end by itself."""
+    if timeouts is None or url.get_backend_name() != "postgresql":
+        return {}
+    statement, lock = round(timeouts.statement_seconds * 1000), round(timeouts.lock_seconds * 1000)
+    return {"options": f"-c statement_timeout={statement} -c lock_timeout={lock}"}
+
+
 def _driver_url(url: str, *, sqlite_driver: str) -> URL:
     parsed = make_url(url)
     backend = parsed.get_backend_name()
@@ -187,9 +204,13 @@ _WRITE = {"sqlite_begin": "IMMEDIATE"}
 class Database:
     """Transactions of the API: each call is one transaction in its own session, committed at the end."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
         driver_url = _driver_url(url, sqlite_driver="aiosqlite")
-        self._engine = create_async_engine(driver_url, pool_pre_ping=True, connect_args=_patience(driver_url))
+        self._engine = create_async_engine(
+            driver_url,
+            pool_pre_ping=True,
+            connect_args={**_patience(driver_url), **_limits(driver_url, timeouts)},
+        )
         _prepare(self._engine.sync_engine)
 
     async def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:
@@ -217,9 +238,13 @@ class SyncDatabase:
     The same functions, without an event loop. Safe to use from several threads.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
         driver_url = _driver_url(url, sqlite_driver="pysqlite")
-        self.engine = create_engine(driver_url, pool_pre_ping=True, connect_args=_patience(driver_url))
+        self.engine = create_engine(
+            driver_url,
+            pool_pre_ping=True,
+            connect_args={**_patience(driver_url), **_limits(driver_url, timeouts)},
+        )
         _prepare(self.engine)
 
     def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:

@@ -12,15 +12,17 @@ import app.artifacts.routes
 import app.audit.routes
 import app.auth.routes
 import app.checkpoints.routes
+import app.costs.routes
 import app.datasets.routes
 import app.events.routes
 import app.health
 import app.jobs.routes
 import app.profiles.routes
+import app.quotas.routes
 from app import errors, failpoints
 from app.audit.window import NotedOnce
 from app.auth.rate import RateLimit
-from app.database import Database, SyncDatabase
+from app.database import Database, SyncDatabase, Timeouts
 from app.events.routes import StreamSlots
 from app.jobs.dispatch import make_dispatcher
 from app.jobs.reaper import Reaper
@@ -42,11 +44,12 @@ async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
     settings: Settings = api.state.settings
     failpoints.arm(settings.failpoint, settings.failpoint_dir)
     url = settings.resolved_database_url
-    api.state.database = Database(url)
+    timeouts = Timeouts(settings.statement_timeout_seconds, settings.lock_timeout_seconds)
+    api.state.database = Database(url, timeouts)
     api.state.watch = JobWatch(api.state.database, settings.poll_seconds)
     api.state.storage = open_storage(settings)
     api.state.dispatcher = make_dispatcher(settings)
-    repairs = SyncDatabase(url)
+    repairs = SyncDatabase(url, timeouts)
     reaper = Reaper(repairs, api.state.storage, api.state.dispatcher, settings)
     reaper.start()
     try:
@@ -70,7 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     api.state.settings = settings
-    api.state.streams = StreamSlots(settings.max_event_streams)
+    api.state.streams = StreamSlots(settings.max_event_streams, settings.max_event_streams_per_key)
     api.state.downloads = NotedOnce()
     api.state.rate_limit = RateLimit(settings.rate_limit_requests, settings.rate_limit_window_seconds)
     errors.install(api)
@@ -81,10 +84,12 @@ def create_app(settings: Settings) -> FastAPI:
         app.datasets.routes.router,
         app.datasets.routes.upload_router,
         app.jobs.routes.router,
+        app.costs.routes.router,
         app.events.routes.router,
         app.profiles.routes.router,
         app.checkpoints.routes.router,
         app.artifacts.routes.router,
+        app.quotas.routes.router,
         app.auth.routes.projects,
         app.auth.routes.keys,
         app.audit.routes.router,

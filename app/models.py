@@ -4,8 +4,10 @@ from app.artifacts.models import Artifact
 from app.audit.models import AuditEvent
 from app.auth.models import ApiKey, Project
 from app.checkpoints.models import Checkpoint, CheckpointFile
+from app.costs.models import RunCost
 from app.database import Base
 from app.datasets.models import Dataset
+from app.deletion.models import Garbage
 from app.events.models import Event
 from app.idempotency.models import IdempotencyKey
 from app.jobs.models import Job, Layer, Step
@@ -21,11 +23,13 @@ __all__ = [
     "CheckpointFile",
     "Dataset",
     "Event",
+    "Garbage",
     "IdempotencyKey",
     "Job",
     "Layer",
     "Profile",
     "Project",
+    "RunCost",
     "Step",
     "metadata",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Self
@@ -16,6 +17,13 @@ Bytes = Annotated[int, Field(gt=0)]
 GPU_CLASS_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
 GpuClass = Annotated[str, Field(pattern=GPU_CLASS_PATTERN)]
 DEFAULT_GPU_CLASS = "default"
+
+
+def _hub_url() -> str:
+    """The hub that workers use, by its client's own variables."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return ""
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 class Settings(BaseSettings):
@@ -57,6 +65,8 @@ class Settings(BaseSettings):
 
     The defence of a loopback server against DNS rebinding.
     """
+    hub_url: str = Field(default_factory=_hub_url)
+    """Where `POST /v1/jobs:validate` reads the `config.json` of hub models; empty: nowhere."""
     allow_local_models: bool = False
     """Accept absolute folders as model ids.
 
@@ -77,11 +87,20 @@ class Settings(BaseSettings):
     """Limits of a project that has none of its own; None: no limit."""
     max_running_steps: Annotated[int, Field(ge=1)] | None = None
     max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
+    max_runtime_minutes: Annotated[int, Field(ge=1)] | None = None
+    """How long a job that names no limit of its own may take from its first step on; None: as long as it needs."""
+
+    statement_timeout_seconds: Seconds = 30.0
+    """On Postgres, a statement that takes longer is ended; a request then gets 503."""
+    lock_timeout_seconds: Seconds = 10.0
+    """The same for a statement that waits for a lock."""
 
     max_body_bytes: Bytes = 1 << 20
     max_dataset_bytes: Bytes = 4 << 30
     max_wait_seconds: Seconds = 60.0
     max_event_streams: Annotated[int, Field(ge=1)] = 100
+    """Event streams that one process serves at a time, and how many of them one key may have."""
+    max_event_streams_per_key: Annotated[int, Field(ge=1)] = 20
     max_stream_seconds: Seconds = 900.0
     """An event stream ends after this long; the client comes back with `Last-Event-ID`, and with its key."""
     poll_seconds: Seconds = 0.25
@@ -106,6 +125,8 @@ class Settings(BaseSettings):
     """Failures of one step, without a layer committed in between, that end the job."""
     orphan_hours: Annotated[float, Field(gt=0)] = 24.0
     orphan_sweep_seconds: Seconds = 3600.0
+    garbage_seconds: Annotated[float, Field(ge=0)] = 300.0
+    """Bytes of what was deleted go this much later, so that downloads that have begun can end."""
 
     worker_name: str = ""
     """A name that only one living worker has.

@@ -5,6 +5,7 @@ Immutable objects under keys that the service chooses, on a local folder or a cl
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -197,7 +198,28 @@ class Storage:
                     yield meta["path"]
 
     def delete(self, keys: list[str]) -> None:
-        obstore.delete(self._store, keys)
+        """Delete objects; those that are gone already are no error. Raises `StorageError`."""
+        try:
+            if self._root is None:
+                obstore.delete(self._store, keys)
+                return
+            for key in keys:
+                with contextlib.suppress(FileNotFoundError):
+                    obstore.delete(self._store, key)
+                self._prune(self._root / key)
+        except (BaseError, OSError) as error:
+            raise StorageError(f"cannot delete: {_first_line(error)}") from error
+
+    def _prune(self, path: Path) -> None:
+        """Remove the folders that the object leaves empty, but for those that every object shares."""
+        assert self._root is not None
+        for folder in path.relative_to(self._root).parents:
+            if len(folder.parts) < 2:
+                return
+            try:
+                (self._root / folder).rmdir()
+            except OSError:
+                return  # not empty, or another sweep was faster
 
     def delete_staging(self, age: timedelta) -> int:
         """Delete what killed writers left in a local store, where listings do not show it.

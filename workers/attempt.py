@@ -16,6 +16,7 @@ from app.database import SyncDatabase
 from app.jobs.commits import IncompleteResult, Produced, commit_layer, commit_progress, finish_step
 from app.jobs.dispatch import WakeListener
 from app.jobs.lease import (
+    TIME_UP,
     WORKER_LOST,
     Failure,
     Lease,
@@ -211,6 +212,8 @@ class Attempt:
             case Stop.DRAINED:
                 self._database.write(release, lease)
                 self._log.info("attempt.released")
+            case Stop.TIME_UP:
+                self._fail(TIME_UP)
             case Stop.LOST:
                 raise LeaseLost
             case _:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app import failpoints
 from app.database import SyncDatabase
 from app.jobs.dispatch import WakeListener
-from app.jobs.lease import Lease, LeaseLost, beat
+from app.jobs.lease import Lease, LeaseLost, TimeUp, beat
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -27,6 +27,7 @@ class Stop(Enum):
     CANCELLED = "cancelled"
     LOST = "lost"
     DRAINED = "drained"
+    TIME_UP = "time_up"
 
 
 class Heartbeat:
@@ -100,6 +101,9 @@ class Heartbeat:
                 )
             except LeaseLost:
                 self.stop(Stop.LOST)
+                return
+            except TimeUp:
+                self.stop(Stop.TIME_UP)
                 return
             except SQLAlchemyError as error:
                 log.warning("heartbeat.failed", job=self._lease.job_id, error=str(error).partition("\n")[0])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -50,6 +51,7 @@ from orthokv.profile import ErrorProfile, LayerProfile
 from orthokv.progress import Step
 from orthokv.rankgrid import RankGrid
 from orthokv.source import ModelSource, resolve_model
+from orthokv.streaming import stored_tensors
 
 MEDIA_TYPES = {
     ".json": "application/json",
@@ -176,7 +178,12 @@ def resolve(job: Job) -> dict[str, Any]:
     check_key_mode(geometry, job.settings.key_mode)
     calibrated_positions(geometry, job.settings)
     check_reachable(geometry, job.settings.sharing, job.settings.key_mode, job.budget(), job.grid())
-    model = {"id": source.id, "revision": source.revision, "digest": source.digest}
+    model = {
+        "id": source.id,
+        "revision": source.revision,
+        "digest": source.digest,
+        "parameters": sum(math.prod(tensor.shape) for tensor in stored_tensors(source).values()),
+    }
     return {"model": model, "geometry": geometry.to_dict()}
 
 

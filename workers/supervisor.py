@@ -19,7 +19,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import failpoints
-from app.database import SyncDatabase
+from app.database import SyncDatabase, Timeouts
 from app.jobs import repository
 from app.jobs.dispatch import Dispatcher, WakeListener, make_dispatcher
 from app.jobs.lease import Lease, RetryPolicy, claim
@@ -42,7 +42,8 @@ class Supervisor:
         self._settings = settings
         self._name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
         self._work_dir = settings.work_dir / self._name
-        self._database = SyncDatabase(settings.resolved_database_url)
+        timeouts = Timeouts(settings.statement_timeout_seconds, settings.lock_timeout_seconds)
+        self._database = SyncDatabase(settings.resolved_database_url, timeouts)
         self._storage = open_storage(settings)
         self._wake = WakeListener(settings.wake_file)
         self._stopping = False

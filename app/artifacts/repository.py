@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import datetime
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.artifacts.models import Artifact
-from app.jobs.models import Step
+from app.auth.models import Project
+from app.jobs.models import Job, Step
 
 
 def find_artifact(session: Session, artifact_id: str, *, project_id: str) -> Artifact | None:
@@ -30,6 +32,16 @@ def files_of_job(session: Session, job_id: str, *steps: str) -> dict[str, Artifa
 def by_ids(session: Session, artifact_ids: Iterable[str]) -> dict[str, Artifact]:
     statement = select(Artifact).where(Artifact.id.in_(list(artifact_ids)))
     return {artifact.id: artifact for artifact in session.execute(statement).scalars()}
+
+
+def ends_of_jobs(session: Session, job_ids: Iterable[str]) -> dict[str, tuple[datetime | None, int | None]]:
+    """When these jobs ended, and the days that their project keeps them from then on."""
+    statement = (
+        select(Job.id, Job.finished_at, Project.max_retention_days)
+        .join(Project, Project.id == Job.project_id)
+        .where(Job.id.in_(set(job_ids)))
+    )
+    return {row[0]: (row[1], row[2]) for row in session.execute(statement)}
 
 
 def known_keys(session: Session, keys: Iterable[str]) -> set[str]:

@@ -11,9 +11,10 @@ from fastapi.responses import Response
 from app.artifacts import service
 from app.artifacts.content import Conditions, content, elsewhere
 from app.artifacts.schemas import Artifact
-from app.auth.dependency import ArtifactsRead, guarded
+from app.auth.dependency import ArtifactsRead, JobsWrite, guarded
+from app.deletion import service as deletion
 from app.dependencies import Config, Db, Downloads, Store
-from app.errors import Code
+from app.errors import Code, Problem
 from app.ids import id_pattern
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
@@ -57,7 +58,12 @@ async def get_content(
     )
     if settings.signed_download_seconds is not None and conditions.wants_bytes(artifact):
         return await elsewhere(store, object_key, seconds=settings.signed_download_seconds)
-    return await content(store, artifact, object_key, conditions)
+    try:
+        return await content(store, artifact, object_key, conditions)
+    except Problem as problem:
+        if problem.code is Code.INTERNAL:  # the bytes are not there: deleted since, or lost
+            await db.read(service.get, artifact_id=artifact_id, principal=principal)
+        raise
 
 
 @router.head(
@@ -72,3 +78,14 @@ async def head_content(
     """The headers alone: size, digest, type."""
     artifact, object_key = await db.read(service.locate, artifact_id=artifact_id, principal=principal)
     return await content(store, artifact, object_key, conditions)
+
+
+@router.delete(
+    "/{artifact_id}",
+    status_code=204,
+    operation_id="artifacts.delete",
+    responses=guarded(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
+)
+async def delete(artifact_id: ArtifactId, principal: JobsWrite, db: Db) -> None:
+    """Delete a file that belongs to no profile and no checkpoint, such as a fitted layer of a job that has succeeded."""
+    await db.write(deletion.delete_artifact, artifact_id=artifact_id, principal=principal)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Sequence
+from datetime import timedelta
 from urllib.parse import quote
 
 from sqlalchemy.orm import Session
@@ -16,13 +18,24 @@ from app.errors import not_found
 
 
 def get(session: Session, *, artifact_id: str, principal: Principal) -> Artifact:
-    return Artifact.of(_row(session, artifact_id, principal))
+    return describe(session, [_row(session, artifact_id, principal)])[0]
+
+
+def describe(session: Session, rows: Sequence[Row]) -> list[Artifact]:
+    """What clients see of these rows."""
+    ends = repository.ends_of_jobs(session, [row.job_id for row in rows])
+    described: list[Artifact] = []
+    for row in rows:
+        ended, days = ends[row.job_id]
+        expires_at = None if ended is None or days is None else ended + timedelta(days=days)
+        described.append(Artifact.of(row, expires_at))
+    return described
 
 
 def locate(session: Session, *, artifact_id: str, principal: Principal) -> tuple[Artifact, str]:
     """An artifact and the key of its object."""
     row = _row(session, artifact_id, principal)
-    return Artifact.of(row), row.object_key
+    return describe(session, [row])[0], row.object_key
 
 
 def hand_out(session: Session, *, artifact_id: str, principal: Principal) -> tuple[Artifact, str]:

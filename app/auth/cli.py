@@ -1,4 +1,4 @@
-"""`orthokv keys ...`: keys made by whoever can reach the database itself, above all the first one."""
+"""`orthokv keys ...` and `orthokv projects ...`: for whoever can reach the database itself."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from app.auth import repository, service
 from app.auth.principal import Principal, Scope
 from app.auth.schemas import ApiKeyCreate, ProjectCreate
 from app.database import SyncDatabase
+from app.deletion.service import delete_project
 from app.errors import Problem
 from app.migrate import upgrade
 from app.pagination import Cursor
 from app.settings import Settings
 from app.starting import BAD_INPUT, starting, stop
 
+projects = typer.Typer(help="List and delete projects, directly in the database.", no_args_is_help=True)
 keys = typer.Typer(help="Make, list and revoke API keys, directly in the database.", no_args_is_help=True)
 
 Data = Annotated[
@@ -114,3 +116,36 @@ def _database(settings: Settings) -> Iterator[SyncDatabase]:
             yield database
         finally:
             database.close()
+
+
+@projects.command("list")
+def list_projects(data: Data = None) -> None:
+    """List the projects, newest first."""
+
+    def read(session: Session) -> list[str]:
+        lines: list[str] = []
+        cursor, more = Cursor(limit=100), True
+        while more:
+            rows, more = repository.list_projects(session, cursor)
+            lines += [f"{row.id}  {row.name}  {row.created_at}" for row in rows]
+            cursor = Cursor(after=rows[-1].id if rows else None, limit=100)
+        return lines
+
+    with _database(_settings(data)) as database:
+        for line in database.read(read):
+            typer.echo(line)
+
+
+@projects.command()
+def delete(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    yes: Annotated[bool, typer.Option("--yes", help="Needed: nothing brings the project back.")] = False,
+    data: Data = None,
+) -> None:
+    """Erase a project: its keys, jobs, datasets and every file. The bytes go with a server's next sweep."""
+    if not yes:
+        raise stop(f"this erases everything of project '{name}'; say --yes", BAD_INPUT)
+    principal = Principal("", "cli", frozenset(Scope))
+    with _database(_settings(data)) as database:
+        database.write(delete_project, name=name, principal=principal)
+    typer.echo(f"project {name} deleted")

@@ -23,6 +23,9 @@ class Limits(Body):
     running_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     stored_bytes: ByteLimit | None = None
     dataset_bytes: ByteLimit | None = None
+    retention_days: Annotated[int, Field(ge=1, le=36_500)] | None = Field(
+        None, description="Jobs and all that they made are deleted so long after their end. `null`: never."
+    )
 
 
 class ProjectCreate(Body):
@@ -54,6 +57,7 @@ class Project(Resource):
             running_steps=row.max_running_steps,
             stored_bytes=row.max_stored_bytes,
             dataset_bytes=row.max_dataset_bytes,
+            retention_days=row.max_retention_days,
         )
         return cls(id=row.id, name=row.name, limits=limits, created_at=row.created_at)
 

@@ -20,7 +20,8 @@ class Checkpoint(Base):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("project.id"))
     job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), unique=True)
-    profile_id: Mapped[str] = mapped_column(ForeignKey("profile.id"), index=True)
+    profile_id: Mapped[str] = mapped_column(Id, index=True)
+    """No foreign key: a checkpoint is whole without the profile that it was made from."""
     form: Mapped[str] = mapped_column(String(16))
     budget: Mapped[dict[str, Any]] = mapped_column(Json)
     plan: Mapped[dict[str, Any]] = mapped_column(Json)
@@ -35,4 +36,4 @@ class CheckpointFile(Base):
 
     checkpoint_id: Mapped[str] = mapped_column(ForeignKey("checkpoint.id"), primary_key=True)
     filename: Mapped[str] = mapped_column(String(255), primary_key=True)
-    artifact_id: Mapped[str] = mapped_column(ForeignKey("artifact.id"))
+    artifact_id: Mapped[str] = mapped_column(ForeignKey("artifact.id"), index=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from app.artifacts.schemas import Artifact
+from app.artifacts.service import describe
 from app.auth.principal import Principal
 from app.checkpoints import repository
 from app.checkpoints.schemas import Checkpoint, Manifest
@@ -31,5 +31,5 @@ def list_page(
 
 def manifest(session: Session, *, checkpoint_id: str, principal: Principal) -> Manifest:
     get(session, checkpoint_id=checkpoint_id, principal=principal)
-    data = [Artifact.of(row) for row in repository.manifest(session, checkpoint_id)]
+    data = describe(session, repository.manifest(session, checkpoint_id))
     return Manifest(data=data, bytes=sum(artifact.bytes for artifact in data))

@@ -26,6 +26,12 @@ def lock_dataset(session: Session, dataset_id: str, *, project_id: str) -> Datas
     return session.execute(statement.with_for_update()).scalar_one_or_none()
 
 
+def share_dataset(session: Session, dataset_id: str, *, project_id: str) -> Dataset | None:
+    """As `find_dataset`, and until the transaction ends nobody deletes it."""
+    statement = select(Dataset).where(Dataset.id == dataset_id, Dataset.project_id == project_id)
+    return session.execute(statement.with_for_update(read=True)).scalar_one_or_none()
+
+
 def list_datasets(session: Session, cursor: Cursor, *, project_id: str) -> tuple[list[Dataset], bool]:
     return cut(session, select(Dataset), Dataset.id, cursor, within=Dataset.project_id == project_id)
 

@@ -15,6 +15,7 @@ from app.database import Database, clock
 from app.datasets import repository
 from app.datasets.models import Dataset as Row
 from app.datasets.schemas import SUFFIXES, Dataset, DatasetComplete, DatasetCreate
+from app.deletion.models import Garbage
 from app.errors import Code, FieldProblem, Problem, not_found
 from app.ids import new_id
 from app.pagination import Cursor, Page, page
@@ -115,8 +116,10 @@ def require_open(session: Session, *, dataset_id: str, principal: Principal, set
 
 
 def require_ready(session: Session, dataset_id: str, principal: Principal) -> Row:
-    """The dataset that a job is to use."""
-    row = _get(session, dataset_id, principal)
+    """The dataset that a job is to use, and that nobody deletes until that job is committed."""
+    row = repository.share_dataset(session, dataset_id, project_id=principal.project_id)
+    if row is None:
+        raise not_found("dataset")
     if row.completed_at is None:
         raise Problem(Code.DATASET_NOT_READY, "Upload and complete the dataset first.")
     return row
@@ -138,6 +141,8 @@ def _point_at(
     more = stored.bytes - (row.bytes or 0)
     if more > 0:
         require_room_for_bytes(session, project_id=row.project_id, more=more, settings=settings)
+    if row.object_key is not None:
+        session.add(Garbage(object_key=row.object_key, bytes=row.bytes or 0))
     row.object_key, row.bytes, row.sha256 = object_key, stored.bytes, stored.sha256
     data = {"bytes": stored.bytes, "sha256": stored.sha256}
     record(session, principal, "dataset.uploaded", row.id, data=data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -21,24 +22,33 @@ LARGEST_NUMBER = 2**31 - 1  # of an integer column
 
 
 class StreamSlots:
-    """How many event streams this process has open, and may have."""
+    """How many event streams this process has open, in all and by key, and may have."""
 
-    def __init__(self, limit: int) -> None:
-        self._free = limit
+    def __init__(self, limit: int, per_key: int) -> None:
+        self._limit = limit
+        self._per_key = per_key
+        self._open: Counter[str] = Counter()
 
-    async def use(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        self._free -= 1
+    async def use(self, key: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        self._open[key] += 1
         try:
             async for chunk in chunks:
                 yield chunk
         finally:
-            self._free += 1
+            self._open[key] -= 1
+            self._open += Counter()  # forgets keys without a stream
 
-    def require_free(self) -> None:
-        if self._free <= 0:
+    def require_free(self, key: str) -> None:
+        if self._open.total() >= self._limit:
             raise Problem(
                 Code.UNAVAILABLE,
                 "Too many event streams are open; poll instead.",
+                headers={"Retry-After": "30"},
+            )
+        if self._open[key] >= self._per_key:
+            raise Problem(
+                Code.RATE_LIMITED,
+                f"This key has {self._per_key} event streams open and may have no more; poll instead.",
                 headers={"Retry-After": "30"},
             )
 
@@ -81,7 +91,7 @@ async def events(
     if not prefers(accept, "text/event-stream"):
         return await db.read(service.page, job_id=job_id, principal=principal, after=after, limit=limit)
     slots: StreamSlots = request.app.state.streams
-    slots.require_free()
+    slots.require_free(principal.actor)
     first = await db.read(service.next_batch, job_id=job_id, principal=principal, after=after)
     if first.last and not first.events:
         return Response(status_code=204)  # tells an EventSource not to come back
@@ -95,5 +105,6 @@ async def events(
         max_seconds=settings.max_stream_seconds,
     )
     return EventSourceResponse(
-        slots.use(chunks), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"}
+        slots.use(principal.actor, chunks),
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", "Vary": "Accept"},
     )

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from app.artifacts.models import Artifact
 from app.artifacts.repository import files_of_job
 from app.checkpoints.models import Checkpoint, CheckpointFile
+from app.costs.recording import note_cost
 from app.ids import new_id
 from app.jobs import repository
 from app.jobs.lease import Lease, acknowledge_cancel, hold
@@ -118,6 +119,7 @@ def finish_step(
             job.result = {**(job.result or {}), "plan": data["plan"]}
         case StepName.EVALUATE:
             _add_checkpoint(session, job, data["measured"])
+    note_cost(session, job, step)
     move_step(session, step, StepStatus.SUCCEEDED)
     done = {"step": step.name, "ordinal": step.ordinal, "fence": lease.fence}
     record(session, job, "step.succeeded", done)

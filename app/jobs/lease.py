@@ -26,6 +26,10 @@ class LeaseLost(Exception):
     """The step is no longer this worker's: stop at once, write nothing."""
 
 
+class TimeUp(Exception):
+    """The job has used its time: stop, and fail it."""
+
+
 @dataclass(frozen=True)
 class Lease:
     """Proof of a claim."""
@@ -53,6 +57,9 @@ class RetryPolicy:
     backoff_seconds: float
 
 
+TIME_UP = Failure(
+    JobErrorCode.TIME_LIMIT_EXCEEDED, "The job has used all of its max_runtime_minutes.", retryable=False
+)
 WORKER_LOST = Failure(JobErrorCode.WORKER_LOST, "The worker died or lost its connection.", retryable=True)
 
 
@@ -104,14 +111,18 @@ def claim(
 
 
 def beat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
-    """Extend the lease; True when the job is to be cancelled."""
+    """Extend the lease; True when the job is to be cancelled. Raises `LeaseLost` and `TimeUp`."""
     kept = repository.extend_lease(
         session, step_id=lease.step_id, fence=lease.fence, lease_seconds=lease_seconds
     )
     version = repository.get_version(session, lease.job_id)
     if not kept or version is None:
         raise LeaseLost
-    return version[1] == JobStatus.CANCELLING
+    if version[1] == JobStatus.CANCELLING:
+        return True
+    if repository.is_overdue(session, lease.job_id):
+        raise TimeUp
+    return False
 
 
 def hold(session: Session, lease: Lease) -> tuple[Job, Step]:

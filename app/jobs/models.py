@@ -45,9 +45,12 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(Integer, default=0)
     gpu_class: Mapped[str] = mapped_column(String(32), server_default=DEFAULT_GPU_CLASS)
     model_id: Mapped[str] = mapped_column(String(1024))
-    dataset_id: Mapped[str | None] = mapped_column(ForeignKey("dataset.id"))
-    profile_id: Mapped[str | None] = mapped_column(ForeignKey("profile.id", use_alter=True))
-    """The profile that a job of kind "checkpoint" starts from."""
+    dataset_id: Mapped[str | None] = mapped_column(Id)
+    profile_id: Mapped[str | None] = mapped_column(Id, index=True)
+    """The profile that a job of kind "checkpoint" starts from.
+
+    Neither id is a foreign key: a job that has ended outlives what it was made from.
+    """
     spec: Mapped[dict[str, Any]] = mapped_column(Json)
     labels: Mapped[dict[str, str]] = mapped_column("metadata", Json)
     progress: Mapped[dict[str, Any] | None] = mapped_column(Json)
@@ -58,6 +61,9 @@ class Job(Base):
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    max_runtime_minutes: Mapped[int | None] = mapped_column(Integer)
+    deadline_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    """When the job's time is up. Set by its first step; a retry sets it anew."""
 
 
 class Step(Base):
@@ -120,7 +126,7 @@ class Layer(Base):
 
     artifact_id: Mapped[str] = mapped_column(ForeignKey("artifact.id"), primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("job.id"))
-    step_id: Mapped[str] = mapped_column(ForeignKey("step.id"))
+    step_id: Mapped[str] = mapped_column(ForeignKey("step.id"), index=True)
     layer: Mapped[int] = mapped_column(Integer)
     fence: Mapped[int] = mapped_column(Integer)
     attempt: Mapped[int] = mapped_column(Integer)

@@ -17,6 +17,7 @@ from app import failpoints
 from app.artifacts import repository as artifacts
 from app.database import SyncDatabase
 from app.datasets import repository as datasets
+from app.deletion.sweeps import expire_jobs, forget_uploads, free_bytes, grace_seconds
 from app.idempotency import repository as idempotency
 from app.jobs import repository
 from app.jobs.dispatch import Dispatcher
@@ -64,6 +65,8 @@ class Reaper:
             ),
             "times_mended": self._database.write(mend_times, policy, lease_seconds=settings.lease_seconds),
             "keys_expired": self._database.write(forget_idempotency_keys),
+            "jobs_expired": expire_jobs(self._database),
+            "objects_freed": free_bytes(self._database, self._storage, age_seconds=grace_seconds(settings)),
             "hints_resent": self._database.read(
                 resend_hints, self._dispatcher, after_seconds=settings.hint_after_seconds
             ),
@@ -73,6 +76,8 @@ class Reaper:
 
     def sweep_orphans(self) -> None:
         age = timedelta(hours=self._settings.orphan_hours)
+        if forgotten := forget_uploads(self._database, age_seconds=age.total_seconds()):
+            log.info("reaper.uploads_forgotten", count=forgotten)
         if deleted := sweep_orphans(self._database, self._storage, age=age):
             log.info("reaper.orphans_deleted", count=deleted)
 

@@ -196,6 +196,12 @@ def extend_lease(session: Session, *, step_id: str, fence: int, lease_seconds: f
     return result.scalar_one_or_none() is not None
 
 
+def is_overdue(session: Session, job_id: str) -> bool:
+    """Whether the job's own time is up."""
+    statement = select(Job.id).where(Job.id == job_id, Job.deadline_at < now())
+    return session.execute(statement).scalar_one_or_none() is not None
+
+
 def lock_step(session: Session, *, step_id: str, fence: int, overdue: bool = False) -> Step | None:
     """The running step of exactly this fence, locked.
 

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from app import failpoints
 from app.auth.dependency import JobsRead, JobsWrite, guarded
+from app.deletion import service as deletion
 from app.dependencies import Config, Db, Hints, PageCursor, Watch
 from app.errors import Code
 from app.etags import matches
@@ -179,3 +180,14 @@ async def retry(job_id: JobId, principal: JobsWrite, db: Db, settings: Config, h
 async def layers(job_id: JobId, principal: JobsRead, db: Db) -> LayerList:
     """Layers that are fitted and safe."""
     return await db.read(service.layers, job_id=job_id, principal=principal)
+
+
+@router.delete(
+    "/{job_id}",
+    status_code=204,
+    operation_id="jobs.delete",
+    responses=guarded(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
+)
+async def delete(job_id: JobId, principal: JobsWrite, db: Db) -> None:
+    """Delete a job that has ended, with its events, layers, profile, checkpoint and files."""
+    await db.write(deletion.delete_job, job_id=job_id, principal=principal)

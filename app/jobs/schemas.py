@@ -107,6 +107,11 @@ class JobCreate(Body):
     gpu_class: GpuClass = Field(
         DEFAULT_GPU_CLASS, description="Which workers may run the job: one of the server's classes."
     )
+    max_runtime_minutes: Annotated[int, Field(ge=1, le=525_600)] | None = Field(
+        None,
+        description="Fail the job with `time_limit_exceeded` so long after its first step has begun; "
+        "absent: the server's own limit, if it has one.",
+    )
 
     @model_validator(mode="after")
     def _can_work(self) -> Self:
@@ -211,6 +216,8 @@ class Job(Resource):
     started_at: datetime | None
     finished_at: datetime | None
     cancel_requested_at: datetime | None
+    max_runtime_minutes: int | None = None
+    deadline_at: datetime | None = Field(None, description="When the job's time is up, once it has begun.")
     links: Links
 
     @property
@@ -241,6 +248,8 @@ class Job(Resource):
             started_at=row.started_at,
             finished_at=row.finished_at,
             cancel_requested_at=row.cancel_requested_at,
+            max_runtime_minutes=row.max_runtime_minutes,
+            deadline_at=row.deadline_at,
             links=Links(self=path, events=f"{path}/events", layers=f"{path}/layers"),
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -22,6 +23,7 @@ from app.jobs.states import record, transition
 from app.jobs.unfold import add_first_steps, first_step, reopen
 from app.jobs.vocabulary import JobKind, JobStatus
 from app.pagination import Cursor, Page, page
+from app.profiles.repository import share_profile
 from app.quotas.service import require_room_for_job
 from app.settings import Settings
 
@@ -31,12 +33,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?"
 
 def create(session: Session, *, body: JobCreate, principal: Principal, settings: Settings) -> Job:
     """Queue a job that compresses a model. The queued row is the whole promise; a hint only speeds it up."""
-    _check_model(body.model.id, allow_local_models=settings.allow_local_models)
-    _check_gpu_class(body.gpu_class, settings.gpu_classes)
-    for text in body.dataset.texts:
-        if text.id is not None:
-            require_ready(session, text.id, principal)
-    spec = body.model_dump(mode="json", exclude={"metadata", "priority", "gpu_class"})
+    for check in _checks(session, body, principal, settings):
+        check()
+    spec = body.model_dump(mode="json", exclude={"metadata", "priority", "gpu_class", "max_runtime_minutes"})
     return _queue(
         session,
         principal=principal,
@@ -48,7 +47,33 @@ def create(session: Session, *, body: JobCreate, principal: Principal, settings:
         labels=body.metadata,
         priority=body.priority,
         gpu_class=body.gpu_class,
+        max_runtime_minutes=body.max_runtime_minutes,
     )
+
+
+def refusals(
+    session: Session, body: JobCreate, principal: Principal, settings: Settings
+) -> Iterator[Problem]:
+    """Everything for which `create` would refuse this request now. Writes nothing."""
+    checks = _checks(session, body, principal, settings)
+    checks.append(partial(require_room_for_job, session, project_id=principal.project_id, settings=settings))
+    for check in checks:
+        try:
+            check()
+        except Problem as problem:
+            yield problem
+
+
+def _checks(
+    session: Session, body: JobCreate, principal: Principal, settings: Settings
+) -> list[Callable[[], object]]:
+    checks: list[Callable[[], object]] = [
+        partial(_check_model, body.model.id, allow_local_models=settings.allow_local_models),
+        partial(_check_gpu_class, body.gpu_class, settings.gpu_classes),
+    ]
+    ids = [text.id for text in body.dataset.texts if text.id is not None]
+    checks += [partial(require_ready, session, dataset_id, principal) for dataset_id in ids]
+    return checks
 
 
 def create_from_profile(
@@ -132,8 +157,10 @@ def retry(session: Session, *, job_id: str, principal: Principal, settings: Sett
     row = _lock(session, job_id, principal)
     if row.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
         raise Problem(Code.CONFLICT, "Only a failed or cancelled job can be retried.")
+    _require_origins(session, row, principal)
     require_room_for_job(session, project_id=row.project_id, settings=settings)
     audit(session, principal, "job.retried", row.id)
+    row.deadline_at = None
     row.attempt += 1
     row.error = None
     row.cancel_requested_at = None
@@ -175,6 +202,7 @@ def _queue(
     dataset_id: str | None = None,
     profile_id: str | None = None,
     resolved: dict[str, Any] | None = None,
+    max_runtime_minutes: int | None = None,
 ) -> Job:
     require_room_for_job(session, project_id=principal.project_id, settings=settings)
     row = Row(
@@ -187,6 +215,7 @@ def _queue(
         event_seq=0,
         priority=priority,
         gpu_class=gpu_class,
+        max_runtime_minutes=max_runtime_minutes or settings.max_runtime_minutes,
         model_id=model_id,
         dataset_id=dataset_id,
         profile_id=profile_id,
@@ -215,6 +244,23 @@ def _lock(session: Session, job_id: str, principal: Principal) -> Row:
     return row
 
 
+def _require_origins(session: Session, row: Row, principal: Principal) -> None:
+    """Refuse to run again what can no longer end well, and keep the rest from being deleted meanwhile."""
+    profiles = [row.profile_id, (row.result or {}).get("profile_id")]
+    for profile_id in {one for one in profiles if one is not None}:
+        if share_profile(session, profile_id, project_id=principal.project_id) is None:
+            raise Problem(Code.CONFLICT, "The profile that the job needs has been deleted.")
+    asked = row.spec.get("dataset")
+    if asked is None:
+        return
+    for part in (asked, *asked.get("also", [])):
+        if part["id"] is not None:
+            try:
+                require_ready(session, part["id"], principal)
+            except Problem as problem:
+                raise Problem(Code.CONFLICT, "A dataset that the job needs has been deleted.") from problem
+
+
 def _check_gpu_class(gpu_class: str, known: Sequence[str]) -> None:
     """A job of a class that no worker has would wait for ever."""
     if gpu_class not in known:
@@ -224,8 +270,13 @@ def _check_gpu_class(gpu_class: str, known: Sequence[str]) -> None:
         raise Problem(Code.INVALID_REQUEST, "The server has no such GPU class.", errors=[field])
 
 
+def is_hub_id(model_id: str) -> bool:
+    """Whether this names a model of the hub; anything else is a path."""
+    return _HUB_ID.fullmatch(model_id) is not None
+
+
 def _check_model(model_id: str, *, allow_local_models: bool) -> None:
-    if _HUB_ID.fullmatch(model_id):
+    if is_hub_id(model_id):
         return
     if not model_id.startswith("/"):
         field = FieldProblem(

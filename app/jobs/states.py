@@ -6,6 +6,7 @@ status, version, event number and event are one change or none.
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -36,6 +37,8 @@ def transition(
     moment = clock(session)
     if to is JobStatus.RUNNING and job.started_at is None:
         job.started_at = moment
+    if to is JobStatus.RUNNING and job.deadline_at is None and job.max_runtime_minutes is not None:
+        job.deadline_at = moment + timedelta(minutes=job.max_runtime_minutes)
     if to is JobStatus.CANCELLING:
         job.cancel_requested_at = moment
     job.finished_at = moment if to in TERMINAL else None

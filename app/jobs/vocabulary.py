@@ -102,5 +102,6 @@ class JobErrorCode(StrEnum):
     STORAGE_ERROR = "storage_error"
     OUT_OF_MEMORY = "out_of_memory"
     STEP_TIMEOUT = "step_timeout"
+    TIME_LIMIT_EXCEEDED = "time_limit_exceeded"
     WORKER_LOST = "worker_lost"
     INTERNAL = "internal"

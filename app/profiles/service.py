@@ -8,6 +8,7 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.repository import by_ids
 from app.artifacts.schemas import Artifact
+from app.artifacts.service import describe
 from app.audit.service import record
 from app.auth.principal import Principal
 from app.errors import not_found
@@ -36,14 +37,16 @@ def hand_out_plot(session: Session, *, profile_id: str, principal: Principal) ->
     artifact_id = _row(session, profile_id, principal).plot_artifact_id
     record(session, principal, "artifact.downloaded", artifact_id)
     row = by_ids(session, [artifact_id])[artifact_id]
-    return Artifact.of(row), row.object_key
+    return describe(session, [row])[0], row.object_key
 
 
 def create_checkpoint(
     session: Session, *, profile_id: str, body: CheckpointCreate, principal: Principal, settings: Settings
 ) -> Job:
     """Queue the job that makes the checkpoint: it plans, packs and measures, and fits nothing."""
-    profile = _row(session, profile_id, principal)
+    profile = repository.share_profile(session, profile_id, project_id=principal.project_id)
+    if profile is None:
+        raise not_found("profile")
     spec = {"profile_id": profile.id, **body.model_dump(mode="json", exclude={"metadata"})}
     return create_from_profile(
         session,
@@ -58,14 +61,11 @@ def create_checkpoint(
 
 def _profiles(session: Session, rows: Sequence[Row]) -> list[Profile]:
     jobs = jobs_by_ids(session, [row.job_id for row in rows])
-    artifacts = by_ids(
-        session,
-        [
-            key
-            for row in rows
-            for key in (row.json_artifact_id, row.tensors_artifact_id, row.plot_artifact_id)
-        ],
-    )
+    keys = [
+        key for row in rows for key in (row.json_artifact_id, row.tensors_artifact_id, row.plot_artifact_id)
+    ]
+    files = describe(session, list(by_ids(session, keys).values()))
+    artifacts = {file.id: file for file in files}
     return [
         Profile(
             id=row.id,
@@ -74,9 +74,9 @@ def _profiles(session: Session, rows: Sequence[Row]) -> list[Profile]:
             resolved=jobs[row.job_id].resolved,
             summary=row.summary,
             files=ProfileFiles(
-                json_=Artifact.of(artifacts[row.json_artifact_id]),
-                tensors=Artifact.of(artifacts[row.tensors_artifact_id]),
-                plot=Artifact.of(artifacts[row.plot_artifact_id]),
+                json_=artifacts[row.json_artifact_id],
+                tensors=artifacts[row.tensors_artifact_id],
+                plot=artifacts[row.plot_artifact_id],
             ),
             created_at=row.created_at,
         )

@@ -7,12 +7,27 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.models import Artifact
 from app.datasets.models import Dataset
-from app.jobs.models import Job
-from app.jobs.vocabulary import JobStatus
+from app.jobs.models import Job, Step
+from app.jobs.vocabulary import JobStatus, StepStatus
 
 
 def count_queued_jobs(session: Session, project_id: str) -> int:
     return _one(session, func.count(Job.id), Job.project_id == project_id, Job.status == JobStatus.QUEUED)
+
+
+def count_running_jobs(session: Session, project_id: str) -> int:
+    running = (JobStatus.RUNNING, JobStatus.CANCELLING)
+    return _one(session, func.count(Job.id), Job.project_id == project_id, Job.status.in_(running))
+
+
+def count_running_steps(session: Session, project_id: str) -> int:
+    return _one(
+        session,
+        func.count(Step.id),
+        Step.status == StepStatus.RUNNING,
+        Step.job_id == Job.id,
+        Job.project_id == project_id,
+    )
 
 
 def stored_bytes(session: Session, project_id: str) -> int:

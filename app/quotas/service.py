@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from app.auth.repository import get_project, lock_project
 from app.errors import Code, Problem
 from app.quotas import repository
+from app.quotas.schemas import Quota, Usage
 from app.settings import Settings
 
 _RETRY_AFTER_SECONDS = 30
@@ -50,6 +51,30 @@ def largest_dataset(session: Session, *, project_id: str, settings: Settings) ->
     limit = _or_default(project.max_dataset_bytes, settings.max_dataset_bytes)
     assert limit is not None, "the server's own limit is a number"
     return limit
+
+
+def usage(session: Session, *, project_id: str, settings: Settings) -> Usage:
+    """What the project uses and may use."""
+    project = get_project(session, project_id)
+    assert project is not None, "a principal's project exists"
+    return Usage(
+        project_id=project_id,
+        queued_jobs=Quota.of(
+            repository.count_queued_jobs(session, project_id),
+            _or_default(project.max_queued_jobs, settings.max_queued_jobs),
+        ),
+        running_jobs=repository.count_running_jobs(session, project_id),
+        running_steps=Quota.of(
+            repository.count_running_steps(session, project_id),
+            _or_default(project.max_running_steps, settings.max_running_steps),
+        ),
+        stored_bytes=Quota.of(
+            repository.stored_bytes(session, project_id),
+            _or_default(project.max_stored_bytes, settings.max_stored_bytes),
+        ),
+        dataset_bytes=largest_dataset(session, project_id=project_id, settings=settings),
+        retention_days=project.max_retention_days,
+    )
 
 
 def _or_default(own: int | None, default: int | None) -> int | None:

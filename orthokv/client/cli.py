@@ -23,11 +23,11 @@ from orthokv.client import models
 from orthokv.client.errors import ApiError, ClientError
 from orthokv.client.protocol import DEFAULT_URL, Retry, is_api_key
 from orthokv.client.synchronous import OrthoKV
-from orthokv.client.watch import DownloadBar, show, summary
+from orthokv.client.watch import DownloadBar, estimated, show, summary
 
 FAILED, BAD_INPUT, BUDGET_UNREACHABLE = 1, 2, 3
 # Why a job failed that is not its input's fault; other codes are.
-OURS = {"storage_error", "out_of_memory", "step_timeout", "worker_lost", "internal"}
+OURS = {"storage_error", "out_of_memory", "step_timeout", "time_limit_exceeded", "worker_lost", "internal"}
 DEFAULT_SEQUENCE_LENGTH = 1024
 # Where configurations of models say what their longest context is.
 _CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len")
@@ -113,8 +113,10 @@ def _connected(url: str, key_file: Path | None) -> Iterator[OrthoKV]:
         raise _stop(str(error), FAILED) from error
 
 
+@jobs.command("validate", help="Say what a job would take, and whether it would be taken. Nothing is kept.")
 @jobs.command()
 def submit(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="A local folder or a hub id.")],
     dataset: Annotated[
         list[str], typer.Option(help="A file, or `self`. Given several times: a mixture in equal parts.")
@@ -151,11 +153,14 @@ def submit(
     form: Form = Form.adapter,
     rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
     seed: int = 0,
+    max_runtime_minutes: Annotated[
+        int | None, typer.Option(help="Fail the job when it takes longer.")
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
     api_key_file: KeyFile = None,
 ) -> None:
-    """Send a job; prints its id."""
+    """Send a job; says what it will take, and prints its id."""
     budgets = {"kept": kept, "layer_error": layer_error, "perplexity_increase": perplexity_increase}
     given = [(metric, value) for metric, value in budgets.items() if value is not None]
     if len(given) != 1:
@@ -181,6 +186,7 @@ def submit(
         "form": form,
         "rank_multiple": rank_multiple,
         "seed": seed,
+        "max_runtime_minutes": max_runtime_minutes,
     }
     with _connected(url, api_key_file) as client:
         texts = [
@@ -190,7 +196,18 @@ def submit(
             for name in dataset
         ]
         amount = {"num_samples": num_samples, "sequence_length": sequence_length, "also": texts[1:]}
-        job = client.jobs.create({**body, "dataset": {**texts[0], **amount}})
+        body["dataset"] = {**texts[0], **amount}
+        found = client.jobs.validate(body)
+        if context.command.name == "validate":
+            for text in texts:  # files were uploaded for the answer alone
+                if "id" in text:
+                    client.datasets.delete(text["id"])
+            typer.echo(estimated(found.estimate))
+            for problem in found.problems:
+                typer.echo(f"orthokv: {problem.detail}", err=True)
+            raise typer.Exit(0 if found.valid else BAD_INPUT)
+        typer.echo(estimated(found.estimate), err=True)
+        job = client.jobs.create(body)
         typer.echo(job.id)
         if wait:
             _follow(client, job.id)

@@ -33,6 +33,13 @@ class AsyncJobs:
         body = models.JobCreate.model_validate(body)
         return parsed(await self._client.send(creation("/v1/jobs", body, idempotency_key)), models.Job)
 
+    async def validate(self, body: models.JobCreate | Mapping[str, Any]) -> models.Validation:
+        """Whether a job would be taken, and what it would take: bytes, memory, minutes. Nothing is stored."""
+        body = models.JobCreate.model_validate(body)
+        return parsed(
+            await self._client.send(Call("POST", "/v1/jobs:validate", body=dumped(body))), models.Validation
+        )
+
     async def get(
         self, job_id: str, *, wait_seconds: float | None = None, if_version: int | None = None
     ) -> models.Job:
@@ -102,6 +109,10 @@ class AsyncJobs:
         """Layers that are fitted and safe."""
         return await self._client.get(models.LayerList, f"/v1/jobs/{job_id}/layers")
 
+    async def delete(self, job_id: str) -> None:
+        """Delete a job that has ended, with all that it made."""
+        await self._client.send(Call("DELETE", f"/v1/jobs/{job_id}"))
+
 
 class AsyncDatasets:
     """`client.datasets`"""
@@ -131,6 +142,10 @@ class AsyncDatasets:
         """All datasets, newest first."""
         return self._client.items(models.Dataset, "/v1/datasets", {"order": order})
 
+    async def delete(self, dataset_id: str) -> None:
+        """Delete a dataset that no open job needs."""
+        await self._client.send(Call("DELETE", f"/v1/datasets/{dataset_id}"))
+
 
 class AsyncProfiles:
     """`client.profiles`"""
@@ -144,6 +159,10 @@ class AsyncProfiles:
     def list(self, *, order: Order = "desc") -> AsyncIterator[models.Profile]:
         """All profiles, newest first."""
         return self._client.items(models.Profile, "/v1/profiles", {"order": order})
+
+    async def delete(self, profile_id: str) -> None:
+        """Delete a profile that no open job needs."""
+        await self._client.send(Call("DELETE", f"/v1/profiles/{profile_id}"))
 
     async def create_checkpoint(
         self,
@@ -187,6 +206,9 @@ class AsyncCheckpoints:
         query = {"profile_id": profile_id, "order": order}
         return self._client.items(models.Checkpoint, "/v1/checkpoints", query)
 
+    async def delete(self, checkpoint_id: str) -> None:
+        await self._client.send(Call("DELETE", f"/v1/checkpoints/{checkpoint_id}"))
+
     async def files(self, checkpoint_id: str) -> models.Manifest:
         """The files to download, each with its size and digest."""
         return await self._client.get(models.Manifest, f"/v1/checkpoints/{checkpoint_id}/files")
@@ -212,6 +234,10 @@ class AsyncArtifacts:
 
     async def get(self, artifact_id: str) -> models.Artifact:
         return await self._client.get(models.Artifact, f"/v1/artifacts/{artifact_id}")
+
+    async def delete(self, artifact_id: str) -> None:
+        """Delete a file that belongs to no profile and no checkpoint."""
+        await self._client.send(Call("DELETE", f"/v1/artifacts/{artifact_id}"))
 
     async def download(
         self,

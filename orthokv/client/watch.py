@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from orthokv.client.models import Artifact, Job
+from orthokv.client.models import Artifact, Estimate, Job
 
 
 def show(jobs: Iterable[Job], console: Console) -> Job:
@@ -46,6 +46,31 @@ def summary(job: Job) -> list[str]:
         f"profile {result.profile_id}",
         f"checkpoint {result.checkpoint_id}",
     ]
+
+
+def estimated(estimate: Estimate) -> str:
+    """One line about what a job would take."""
+    minutes = estimate.minutes
+    if minutes is None:
+        return f"estimate: {estimate.basis}"
+    sizes = ", ".join(
+        f"{name} {size / 1e9:.2f} GB"
+        for name, size in (
+            ("GPU memory", estimate.gpu_memory_bytes),
+            ("host memory on a CPU", estimate.host_memory_bytes),
+            ("files", estimate.artifact_bytes),
+            ("download", estimate.download_bytes),
+        )
+        if size
+    )
+    low, likely, high = map(_time, (minutes.low, minutes.likely, minutes.high))
+    return f"estimate: {likely} ({low} to {high}; {estimate.basis}); {sizes}"
+
+
+def _time(minutes: float) -> str:
+    if minutes < 2:
+        return f"{minutes * 60:.0f} s"
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def _lines(jobs: Iterable[Job], console: Console) -> Job:

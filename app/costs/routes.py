@@ -1,0 +1,49 @@
+"""Route that says what a job would cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from anyio import to_thread
+from fastapi import APIRouter
+
+from app.auth.dependency import JobsWrite, guarded
+from app.costs import service
+from app.costs.reading import NOTHING, Known, Unfit, ask_hub, read_folder
+from app.costs.schemas import Validation
+from app.dependencies import Config, Db
+from app.errors import Code
+from app.jobs.schemas import JobCreate
+from app.jobs.service import is_hub_id
+from app.routing import BoundedRoute
+from app.settings import Settings
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=BoundedRoute)
+
+
+@router.post(
+    ":validate",
+    operation_id="jobs.validate",
+    responses=guarded(Code.FOREIGN_ORIGIN, Code.BODY_TOO_LARGE, Code.UNSUPPORTED_MEDIA_TYPE),
+)
+async def validate(body: JobCreate, principal: JobsWrite, db: Db, settings: Config) -> Validation:
+    """Whether a job would be taken, and what it would take: bytes, memory, minutes. Nothing is stored or charged."""
+    known = await _look(body, settings)
+    return await db.read(service.validate, body=body, known=known, principal=principal, settings=settings)
+
+
+async def _look(body: JobCreate, settings: Settings) -> Known | Unfit:
+    if is_hub_id(body.model.id):
+        return (
+            await ask_hub(settings.hub_url, body.model.id, body.model.revision)
+            if settings.hub_url
+            else NOTHING
+        )
+    if not settings.allow_local_models:
+        return NOTHING
+    try:
+        return await to_thread.run_sync(read_folder, Path(body.model.id))
+    except Unfit as unfit:
+        return unfit
+    except OSError:
+        return NOTHING

@@ -1,0 +1,125 @@
+"""How much arithmetic a job is, counted from the shape of its model and from what was asked for.
+
+The counts need not be exact: `model.py` learns seconds from them. They have to grow as the work does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from app.jobs.vocabulary import StepName
+
+# The library's own defaults (`orthokv/methods`), for a request that names none.
+_STEPS = {"oblique": 200, "stiefel": 200}
+_REFINE_STEPS = {"oblique": 400}
+# Candidate ranks and the blocks that each is tried on (`orthokv/profile.py`).
+_RANK_PAIRS, _PROFILE_BLOCKS = 64, 2
+_PLANS_TRIED = 9  # by a budget on perplexity
+_HELD_OUT = 8  # one block in so many
+_BACKWARD = 3  # a forward and a backward pass cost three forward passes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What costs depend on of a decoder. `parameters` counts every stored number."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    parameters: int
+    vocabulary: int = 0
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @classmethod
+    def of_resolved(cls, resolved: dict[str, Any]) -> Self | None:
+        """Of what a worker found out (`job.resolved`); None for an older or simpler one."""
+        geometry, model = resolved.get("geometry", {}), resolved.get("model", {})
+        try:
+            return cls(
+                layers=geometry["layers"],
+                hidden=geometry["hidden_size"],
+                heads=geometry["heads"],
+                kv_heads=geometry["kv_heads"],
+                head_dim=geometry["head_dim"],
+                parameters=model["parameters"],
+            )
+        except KeyError:
+            return None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What costs depend on of a request."""
+
+    samples: int
+    length: int
+    method: str
+    sharing: str
+    steps: int
+    refine_steps: int
+    writes_itself: bool
+    searches: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.length
+
+    @classmethod
+    def of_spec(cls, spec: dict[str, Any]) -> Self:
+        """Of the `spec` of a job of kind `compress`."""
+        method, dataset = spec["method"], spec["dataset"]
+        kind, steps, refine = method["type"], method.get("steps"), method.get("refine_steps")
+        texts = (dataset, *dataset.get("also", []))
+        return cls(
+            samples=dataset["num_samples"],
+            length=dataset["sequence_length"],
+            method=kind if method["parameterisation"] == "direct" else f"{kind}:{method['parameterisation']}",
+            sharing=method["sharing"],
+            steps=_STEPS.get(kind, 0) if steps is None else steps,
+            refine_steps=_REFINE_STEPS.get(kind, 0) if refine is None else refine,
+            writes_itself=any(text["source"] == "self" for text in texts),
+            searches=spec["budget"]["metric"] == "perplexity_increase",
+        )
+
+
+def group_width(shape: Shape, sharing: str) -> int:
+    """Numbers of a key or value that one basis covers."""
+    heads = {"head": 1, "tied": 1, "pair": 2, "quad": 4}.get(sharing, shape.kv_heads)
+    return min(heads, shape.kv_heads) * shape.head_dim
+
+
+def flop(shape: Shape, asked: Asked, step: StepName, *, layers: int | None = None) -> float:
+    """Floating-point operations of a step; of a fit, over this many layers (default: all)."""
+    count = shape.layers if layers is None else layers
+    width = group_width(shape, asked.sharing)
+    held_out = max(1, asked.samples // _HELD_OUT) * asked.length
+    forward = 2.0 * shape.parameters
+    # One token through one layer's attention, with its keys and values taken to a basis and back.
+    queries = shape.heads * shape.head_dim
+    attention = 4.0 * queries * asked.length + 2.0 * queries * shape.hidden + 8.0 * shape.kv_width * width
+    match step:
+        case StepName.RESOLVE:
+            return forward  # a digest of every weight
+        case StepName.CALIBRATE:
+            return forward * asked.tokens if asked.writes_itself else 0.0
+        case StepName.FIT:
+            capture = asked.tokens * (forward / shape.layers + 4.0 * shape.kv_width * width)
+            decompose = 20.0 * shape.kv_width / width * width**3
+            profile = _RANK_PAIRS * _PROFILE_BLOCKS * asked.length * attention
+            learn = _BACKWARD * asked.steps * asked.length * attention
+            tried = 3 if asked.sharing == "auto" else 1
+            return count * (capture + tried * (decompose + profile + learn))
+        case StepName.PROFILE:
+            sensitivities = _PROFILE_BLOCKS * asked.length * forward * shape.layers
+            refine = _BACKWARD * asked.refine_steps * asked.length
+            return sensitivities + refine * (forward + shape.layers * attention)
+        case StepName.PACKAGE:
+            return _PLANS_TRIED * held_out * forward if asked.searches else 0.0
+        case StepName.EVALUATE:
+            return 4.0 * held_out * (forward + shape.layers * attention)
