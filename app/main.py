@@ -17,6 +17,7 @@ import app.events.routes
 import app.health
 import app.jobs.routes
 import app.profiles.routes
+import app.webhooks.routes
 from app import errors
 from app.auth.rate import RateLimit
 from app.database import Database, SyncDatabase
@@ -25,8 +26,11 @@ from app.jobs.dispatch import make_dispatcher
 from app.jobs.reaper import Reaper
 from app.middleware import LocalOnly, PlainQueries, RequestIds
 from app.openapi import API_VERSION, describe
+from app.outbound import Outbound
+from app.sealing import make_sealer
 from app.settings import Settings
 from app.storage import open_storage
+from app.webhooks.sender import Sender
 
 DESCRIPTION = """Calibration as a service for KV-cache compression.
 
@@ -44,11 +48,14 @@ async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
     api.state.dispatcher = make_dispatcher(settings)
     repairs = SyncDatabase(url)
     reaper = Reaper(repairs, api.state.storage, api.state.dispatcher, settings)
+    sender = Sender(repairs, api.state.sealer, api.state.outbound, settings)
     reaper.start()
+    sender.start()
     try:
         yield
     finally:
         await to_thread.run_sync(reaper.stop)
+        await to_thread.run_sync(sender.stop)
         await to_thread.run_sync(api.state.dispatcher.close)
         repairs.close()
         await api.state.database.close()
@@ -67,6 +74,10 @@ def create_app(settings: Settings) -> FastAPI:
     api.state.settings = settings
     api.state.streams = StreamSlots(settings.max_event_streams)
     api.state.rate_limit = RateLimit(settings.rate_limit_requests, settings.rate_limit_window_seconds)
+    api.state.sealer = make_sealer(settings)
+    api.state.outbound = Outbound(
+        private_hosts=settings.outbound_private_hosts, timeout_seconds=settings.webhook_timeout_seconds
+    )
     errors.install(api)
     api.add_middleware(PlainQueries)
     api.add_middleware(LocalOnly, allowed_hosts=settings.allowed_hosts)
@@ -82,6 +93,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.auth.routes.projects,
         app.auth.routes.keys,
         app.audit.routes.router,
+        app.webhooks.routes.router,
         app.health.router,
     ):
         api.include_router(router)

@@ -10,6 +10,7 @@ from app.events.models import Event
 from app.idempotency.models import IdempotencyKey
 from app.jobs.models import Job, Layer, Step
 from app.profiles.models import Profile
+from app.webhooks.models import WebhookDelivery, WebhookEndpoint
 
 metadata = Base.metadata
 
@@ -27,5 +28,7 @@ __all__ = [
     "Profile",
     "Project",
     "Step",
+    "WebhookDelivery",
+    "WebhookEndpoint",
     "metadata",
 ]
