@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from alembic import command
 from cryptography.fernet import Fernet
 from fastapi.testclient import TestClient
 from pydantic import SecretStr, ValidationError
-from sqlalchemy import select, text, update
+from sqlalchemy import inspect, select, text, update
 from sqlalchemy.orm import Session
 from standardwebhooks import Webhook, WebhookVerificationError
 
@@ -26,6 +28,7 @@ from app.database import SyncDatabase, now
 from app.errors import PROBLEM_JSON
 from app.jobs.vocabulary import StepName
 from app.main import create_app
+from app.migrate import alembic_config
 from app.outbound import Outbound
 from app.sealing import CannotOpen, Sealer, make_sealer
 from app.settings import Settings
@@ -842,3 +845,54 @@ def test_the_library_that_signs_refuses_an_old_message() -> None:
     }
     with pytest.raises(WebhookVerificationError, match="too old"):
         Webhook(secret).verify("{}", headers)
+
+
+def test_no_other_field_of_a_request_is_a_url(client: TestClient) -> None:
+    """Who adds one has to say what checks it: `app/outbound.py`."""
+    document = client.get("/openapi.json").json()
+    bodies = {
+        operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        if "application/json" in operation.get("requestBody", {}).get("content", {})
+    }
+    reached, waiting = set(), list(bodies)
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += re.findall(
+                r"#/components/schemas/(\w+)", json.dumps(document["components"]["schemas"][name])
+            )
+    fields = {
+        f"{name}.{field}"
+        for name in reached
+        for field in document["components"]["schemas"][name].get("properties", {})
+    }
+    suspects = {
+        field
+        for field in fields
+        if re.search(r"ur[il]|host|endpoint|address|href|link", field.partition(".")[2])
+    }
+    assert suspects == {"WebhookEndpointCreate.url", "WebhookEndpointUpdate.url"}
+    assert len(fields) > 30
+    for model in (
+        "https://hooks.example.com/model",
+        "http://169.254.169.254/latest",
+        "s3://bucket/model",
+        "file:///etc",
+    ):
+        assert client.post("/v1/jobs", json=job_body(model={"id": model})).status_code == 422
+
+
+def test_the_migration_can_be_undone(database_url: str) -> None:
+    database = SyncDatabase(database_url)
+    try:
+        for revision, has in (("0003", False), ("head", True)):
+            with database.engine.connect() as connection:
+                config = alembic_config(database_url)
+                config.attributes["connection"] = connection
+                (command.upgrade if has else command.downgrade)(config, revision)
+            assert ("webhook_endpoint" in inspect(database.engine).get_table_names()) is has
+    finally:
+        database.close()
