@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import structlog
+from pydantic import SecretStr
 
 from app.auth.exposure import require_key
 from app.ids import new_id
 from app.logs import configure
 from app.main import create_app
 from app.migrate import upgrade
+from app.sealing import own_key
 from app.server import bound, leave_on_signals, serve
-from app.settings import Settings
+from app.settings import Settings, split_keys
 
 log = structlog.get_logger(__name__)
 
@@ -124,6 +126,8 @@ def run(settings: Settings, *, host: str, port: int, worker: bool, announce: Cal
     with locked(settings.data_dir) as lock, bound(host, port) as listening:
         upgrade(settings.resolved_database_url)
         require_key(settings, host)
+        if not split_keys(settings.secret_keys):
+            settings = settings.model_copy(update={"secret_keys": SecretStr(own_key(settings.data_dir))})
         if not settings.auth_required:
             log.info("auth.off", meaning="requests without a key act as 'local' in the project 'default'")
         leave_on_signals()  # the worker is still to be drained then

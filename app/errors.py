@@ -51,6 +51,7 @@ class Code(StrEnum):
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
     DIGEST_MISMATCH = "digest_mismatch"
     LOCAL_MODELS_DISABLED = "local_models_disabled"
+    WEBHOOKS_DISABLED = "webhooks_disabled"
     QUEUE_FULL = "queue_full"
     RATE_LIMITED = "rate_limited"
     INTERNAL = "internal"
@@ -79,6 +80,7 @@ _STATUS: dict[Code, int] = {
     Code.IDEMPOTENCY_KEY_REUSED: 422,
     Code.DIGEST_MISMATCH: 422,
     Code.LOCAL_MODELS_DISABLED: 422,
+    Code.WEBHOOKS_DISABLED: 422,
     Code.QUEUE_FULL: 429,
     Code.RATE_LIMITED: 429,
     Code.INTERNAL: 500,

@@ -19,6 +19,7 @@ import app.health
 import app.jobs.routes
 import app.profiles.routes
 import app.quotas.routes
+import app.webhooks.routes
 from app import errors, failpoints
 from app.audit.window import NotedOnce
 from app.auth.rate import RateLimit
@@ -29,8 +30,11 @@ from app.jobs.reaper import Reaper
 from app.jobs.waiting import JobWatch
 from app.middleware import LocalOnly, PlainQueries, RequestIds
 from app.openapi import API_VERSION, describe
+from app.outbound import Outbound
+from app.sealing import make_sealer
 from app.settings import Settings
 from app.storage import open_storage
+from app.webhooks.sender import Sender
 
 DESCRIPTION = """Calibration as a service for KV-cache compression.
 
@@ -51,12 +55,15 @@ async def _lifespan(api: FastAPI) -> AsyncIterator[None]:
     api.state.dispatcher = make_dispatcher(settings)
     repairs = SyncDatabase(url, timeouts)
     reaper = Reaper(repairs, api.state.storage, api.state.dispatcher, settings)
+    sender = Sender(repairs, api.state.sealer, api.state.outbound, settings)
     reaper.start()
+    sender.start()
     try:
         yield
     finally:
         await api.state.watch.close()
         await to_thread.run_sync(reaper.stop)
+        await to_thread.run_sync(sender.stop)
         await to_thread.run_sync(api.state.dispatcher.close)
         repairs.close()
         await api.state.database.close()
@@ -76,6 +83,10 @@ def create_app(settings: Settings) -> FastAPI:
     api.state.streams = StreamSlots(settings.max_event_streams, settings.max_event_streams_per_key)
     api.state.downloads = NotedOnce()
     api.state.rate_limit = RateLimit(settings.rate_limit_requests, settings.rate_limit_window_seconds)
+    api.state.sealer = make_sealer(settings)
+    api.state.outbound = Outbound(
+        private_hosts=settings.outbound_private_hosts, timeout_seconds=settings.webhook_timeout_seconds
+    )
     errors.install(api)
     api.add_middleware(PlainQueries)
     api.add_middleware(LocalOnly, allowed_hosts=settings.allowed_hosts)
@@ -93,6 +104,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.auth.routes.projects,
         app.auth.routes.keys,
         app.audit.routes.router,
+        app.webhooks.routes.router,
         app.health.router,
     ):
         api.include_router(router)

@@ -12,6 +12,7 @@ from app.events.models import Event
 from app.idempotency.models import IdempotencyKey
 from app.jobs.models import Job, Layer, Step
 from app.profiles.models import Profile
+from app.webhooks.models import WebhookDelivery, WebhookEndpoint
 
 metadata = Base.metadata
 
@@ -31,5 +32,7 @@ __all__ = [
     "Project",
     "RunCost",
     "Step",
+    "WebhookDelivery",
+    "WebhookEndpoint",
     "metadata",
 ]

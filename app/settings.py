@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import sys
 from pathlib import Path
@@ -80,6 +81,14 @@ class Settings(BaseSettings):
     """
     key_pepper: SecretStr = SecretStr("")
     """A secret that is mixed into the stored digests of API keys. Changing it ends every key."""
+    secret_keys: SecretStr = SecretStr("")
+    """Keys that encrypt clients' secrets in the database: Fernet keys, parted by commas.
+
+    The first seals, all open. Empty: webhook endpoints are refused. `orthokv serve` keeps one in its data folder.
+    """
+    outbound_private_hosts: tuple[str, ...] = ()
+    """Hosts that clients' webhooks may reach although they are private, by plain http and on any port: for
+    development, or for receivers in the own network."""
     rate_limit_requests: Annotated[int, Field(ge=1)] = 600
     """Requests that one key may send in `rate_limit_window_seconds`, to each API process."""
     rate_limit_window_seconds: Seconds = 60.0
@@ -127,6 +136,14 @@ class Settings(BaseSettings):
     orphan_sweep_seconds: Seconds = 3600.0
     garbage_seconds: Annotated[float, Field(ge=0)] = 300.0
     """Bytes of what was deleted go this much later, so that downloads that have begun can end."""
+
+    webhook_senders: Annotated[int, Field(ge=0)] = 4
+    """Threads of an API process that send webhooks; 0: others send."""
+    webhook_poll_seconds: Seconds = 1.0
+    webhook_timeout_seconds: Seconds = 15.0
+    webhook_retry_seconds: tuple[Seconds, ...] = (5, 300, 1800, 7200, 18_000, 36_000, 50_400, 72_000, 86_400)
+    """Waits between the attempts of a delivery; after the last one its endpoint is disabled."""
+    webhook_keep_days: Annotated[float, Field(gt=0)] = 30.0
 
     worker_name: str = ""
     """A name that only one living worker has.
@@ -176,6 +193,18 @@ class Settings(BaseSettings):
             raise ValueError("must be a redis:// or rediss:// URL")
         return url
 
+    @field_validator("secret_keys")
+    @classmethod
+    def _are_fernet_keys(cls, value: SecretStr) -> SecretStr:
+        for key in split_keys(value):
+            try:
+                raw = base64.urlsafe_b64decode(key)
+            except ValueError:
+                raw = b""
+            if len(raw) != 32:
+                raise ValueError("must be Fernet keys (32 bytes in URL-safe base64), parted by commas")
+        return value
+
     @model_validator(mode="after")
     def _heartbeats_fit_into_the_lease(self) -> Self:
         # A worker gives up after two thirds of a lease without a heartbeat; one heartbeat has to fit in
@@ -200,3 +229,8 @@ class Settings(BaseSettings):
     def wake_file(self) -> Path:
         """The named pipe through which the API wakes an idle worker of the same data folder."""
         return self.data_dir.resolve() / "wake"
+
+
+def split_keys(value: SecretStr) -> tuple[str, ...]:
+    """The keys of `secret_keys`."""
+    return tuple(key.strip() for key in value.get_secret_value().split(",") if key.strip())

@@ -16,7 +16,7 @@ class AuditEvent(Resource):
     object: Literal["audit_event"] = "audit_event"
     id: str
     project_id: str
-    actor: str = Field(description="The id of a key; `local`; or `cli`.", examples=["key_0"])
+    actor: str = Field(description="The id of a key; `local`; `cli`; or `system`.", examples=["key_0"])
     action: str = Field(examples=["api_key.created"], description="An open vocabulary.")
     subject_id: str
     request_id: str | None

@@ -91,5 +91,8 @@ CheckpointsWrite = Annotated[
     Principal, Security(Require(Scope.CHECKPOINTS_WRITE), scopes=[Scope.CHECKPOINTS_WRITE])
 ]
 ArtifactsRead = Annotated[Principal, Security(Require(Scope.ARTIFACTS_READ), scopes=[Scope.ARTIFACTS_READ])]
+WebhooksManage = Annotated[
+    Principal, Security(Require(Scope.WEBHOOKS_MANAGE), scopes=[Scope.WEBHOOKS_MANAGE])
+]
 KeysManage = Annotated[Principal, Security(Require(Scope.KEYS_MANAGE), scopes=[Scope.KEYS_MANAGE])]
 Admin = Annotated[Principal, Security(Require(Scope.ADMIN), scopes=[Scope.ADMIN])]

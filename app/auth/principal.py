@@ -20,6 +20,7 @@ class Scope(StrEnum):
     CHECKPOINTS_READ = "checkpoints:read"
     CHECKPOINTS_WRITE = "checkpoints:write"
     ARTIFACTS_READ = "artifacts:read"
+    WEBHOOKS_MANAGE = "webhooks:manage"
     KEYS_MANAGE = "keys:manage"
     """Keys of the own project, with no scope that the managing key lacks."""
     ADMIN = "admin"
@@ -30,8 +31,8 @@ class Scope(StrEnum):
 class Principal:
     """The project that a request acts in, and on whose behalf.
 
-    `actor` is a key's id, `local` for the user of a loopback server, or `cli` for whoever can reach the
-    database itself.
+    `actor` is a key's id, `local` for the user of a loopback server, `cli` for whoever can reach the database
+    itself, or `system` for the service's own doing.
     """
 
     project_id: str

@@ -1,7 +1,7 @@
 """The only place where the status of a job or a step changes.
 
 Callers hold the job's row lock (`repository.lock_job`) and pass rows of the current transaction, so that
-status, version, event number and event are one change or none.
+status, version, event number, event and webhook deliveries are one change or none.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from app.database import clock
 from app.events.models import Event
 from app.jobs.models import Job, Step
 from app.jobs.vocabulary import ENDED_STEPS, JOB_EDGES, STEP_EDGES, TERMINAL, JobStatus, StepStatus
+from app.webhooks.outbox import enqueue
 
 
 class IllegalTransition(Exception):
@@ -51,6 +52,7 @@ def record(session: Session, job: Job, event: str, data: dict[str, Any] | None =
     touch(job)
     job.event_seq += 1
     session.add(Event(job_id=job.id, seq=job.event_seq, type=event, data=data or {}))
+    enqueue(session, job, event)
 
 
 def touch(job: Job) -> None:

@@ -86,6 +86,10 @@ class AsyncOrthoKV:
         """What a GET answers."""
         return parsed(await self.send(Call("GET", path, query)), model)
 
+    async def usage(self) -> models.Usage:
+        """What the key's project uses of its limits."""
+        return await self.get(models.Usage, "/v1/usage")
+
     async def put(self, path: str, file: Path) -> None:
         """Send a file as the body of a PUT, from its beginning at every attempt."""
         call = Call("PUT", path)

@@ -120,6 +120,7 @@ def settings(database_url: str, tmp_path: Path, script: Script) -> Settings:
         lease_seconds=30,
         heartbeat_seconds=0.2,
         reaper_seconds=3600,  # tests sweep by hand
+        webhook_senders=0,  # and send by hand
         drain_seconds=5,
         retry_backoff_seconds=0.01,
         progress_seconds=0.01,

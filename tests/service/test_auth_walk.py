@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 from fastapi import FastAPI
 from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 
 from app.auth.keys import generate
 from app.auth.principal import DEFAULT_PROJECT_ID, Scope
@@ -47,6 +49,8 @@ IDS = {
     "artifact_id": "art",
     "key_id": "key",
     "project_id": "proj",
+    "endpoint_id": "we",
+    "delivery_id": "msg",
 }
 TEXT = b"calibration text"
 BUDGET = {"metric": "kept", "value": 0.5}
@@ -54,13 +58,17 @@ BODIES: dict[str, dict[str, Any]] = {
     "datasets.complete": {"sha256": hashlib.sha256(TEXT).hexdigest()},
     "profiles.create_checkpoint": {"budget": BUDGET},
     "projects.update": {"limits": {}},
+    "webhook_endpoints.update": {"description": "changed"},
+    "webhook_endpoints.rotate_secret": {},
 }
 """Valid bodies of the operations that have an id in their path and take a JSON body."""
 
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    return settings.model_copy(update={"auth_required": True})
+    return settings.model_copy(
+        update={"auth_required": True, "secret_keys": SecretStr(Fernet.generate_key().decode())}
+    )
 
 
 def path_of(operation: Operation) -> str:
@@ -171,6 +179,7 @@ def theirs(
     dataset = client.post("/v1/datasets", json={"filename": "a.txt"}).json()
     client.put(dataset["upload"]["url"], content=TEXT)
     client.post(f"/v1/datasets/{dataset['id']}/complete", json=BODIES["datasets.complete"])
+    hook = client.post("/v1/webhook_endpoints", json={"url": "https://hooks.example.com/"}).json()
     job = client.post("/v1/jobs", json=job_body(dataset={"id": dataset["id"]})).json()
     finish(database, advance(database, job["id"], StepName.EVALUATE))
     result = client.get(f"/v1/jobs/{job['id']}").json()["result"]
@@ -181,6 +190,7 @@ def theirs(
     for file in profile["files"].values():
         key_of = database.read(_object_key, file["id"])
         storage.put_file(key_of, content)
+    messages = client.get(f"/v1/webhook_endpoints/{hook['id']}/deliveries").json()["data"]
     del client.headers["Authorization"]
     ids = {
         "job_id": job["id"],
@@ -190,6 +200,8 @@ def theirs(
         "artifact_id": artifact_id,
         "key_id": f"key_{key.split('_')[1]}",
         "project_id": project_id,
+        "endpoint_id": hook["id"],
+        "delivery_id": messages[0]["id"],
     }
     return ids, key
 
@@ -240,7 +252,7 @@ def test_the_matrix_of_tenants(
             assert ask(client, one, ids, admin) == 404, one
     # The same requests by A, so that 404 above was the tenant's doing. Deletions come last, the job's after those of
     # what it made and after the end of the job that was asked for here; then A's key is revoked.
-    last = ("artifacts", "profiles", "checkpoints", "datasets", "jobs")
+    last = ("artifacts", "profiles", "checkpoints", "datasets", "jobs", "webhook_endpoints")
     order = [f"{name}.delete" for name in last] + ["api_keys.revoke"]
     for one in sorted(matrix, key=lambda one: order.index(one[0]) if one[0] in order else -1):
         assert ask(client, one, ids, their_key) in (200, 202, 204, 409), one
@@ -258,7 +270,7 @@ def test_ids_in_bodies_queries_and_cursors_are_guarded_as_those_in_paths(
     assert client.post("/v1/jobs", json=mixed, headers=headers).status_code == 404
     query = {"profile_id": ids["profile_id"]}
     assert client.get("/v1/checkpoints", params=query, headers=headers).json()["data"] == []
-    for resource in ("jobs", "datasets", "profiles", "checkpoints", "api_keys"):
+    for resource in ("jobs", "datasets", "profiles", "checkpoints", "api_keys", "webhook_endpoints"):
         mine = client.get(f"/v1/{resource}", headers=bearer(their_key)).json()["data"]
         listed = client.get(f"/v1/{resource}", headers=headers).json()["data"]
         assert {one["id"] for one in mine}.isdisjoint(one["id"] for one in listed)
