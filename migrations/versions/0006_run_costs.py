@@ -13,7 +13,7 @@ ID = sa.String(40).with_variant(sa.String(40, collation="C"), "postgresql")
 TIME = sa.DateTime(timezone=True).with_variant(sa.String(23), "sqlite")
 
 revision = "0006"
-down_revision = "0003"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 
