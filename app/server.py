@@ -29,6 +29,7 @@ def serve(api: FastAPI, listening: socket.socket, *, host: str, announce: Callab
     """Serve on a bound socket until SIGINT or SIGTERM, and announce the URL."""
     config = uvicorn.Config(
         api,
+        log_config=None,  # ours: app.logs
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -6,14 +6,19 @@ status, version, event number and event are one change or none.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import structlog
 from sqlalchemy.orm import Session
 
-from app.database import clock
+from app.database import after_commit, clock
 from app.events.models import Event
 from app.jobs.models import Job, Step
 from app.jobs.vocabulary import ENDED_STEPS, JOB_EDGES, STEP_EDGES, TERMINAL, JobStatus, StepStatus
+from app.metrics.counted import JOBS
+
+log = structlog.get_logger(__name__)
 
 
 class IllegalTransition(Exception):
@@ -37,6 +42,10 @@ def transition(
         job.cancel_requested_at = moment
     job.finished_at = moment if to in TERMINAL else None
     record(session, job, event, data)
+    after_commit(session, partial(log.info, event, job_id=job.id, status=to))
+    if to in TERMINAL:
+        code = (job.error or {}).get("code", "") if to is JobStatus.FAILED else ""
+        after_commit(session, JOBS.labels(to, code).inc)
 
 
 def record(session: Session, job: Job, event: str, data: dict[str, Any] | None = None) -> None:
