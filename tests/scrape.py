@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -33,11 +34,11 @@ def values(metrics: list[Metric], name: str) -> dict[tuple[str, ...], float]:
     }
 
 
-def json_lines(log: str) -> list[dict[str, Any]]:
+def json_lines(log: Path) -> list[dict[str, Any]]:
     """A log, of which every line has to be a JSON object."""
-    return [json.loads(line) for line in log.splitlines()]
+    return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def ports(log: str) -> list[int]:
+def ports(log: Path) -> list[int]:
     """The ports on which the processes of a log show their metrics, in the order in which they began to."""
     return [line["port"] for line in json_lines(log) if line["event"] == "metrics.shown"]

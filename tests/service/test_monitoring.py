@@ -44,7 +44,7 @@ class Seen:
     """What a server and its worker showed after a job, and what they logged."""
 
     metrics: list[Metric]
-    log: str
+    log: list[dict[str, Any]]
     job_id: str
     request_id: str
 
@@ -65,10 +65,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         job_id = server.post("/v1/jobs", job_body())["id"]
         server.wait_for_end(job_id)
         server.get(f"/v1/jobs/{job_id}", wait=0)
-        until(lambda: len(ports(server.log())) == 2, "both processes show metrics")
-        metrics = [metric for port in ports(server.log()) for metric in scrape(port)]
-        log = server.log()
-    posted = next(line for line in json_lines(log) if line["event"] == "job.created")
+        until(lambda: len(ports(server.log_file)) == 2, "both processes show metrics")
+        metrics = [metric for port in ports(server.log_file) for metric in scrape(port)]
+        log = json_lines(server.log_file)
+    posted = next(line for line in log if line["event"] == "job.created")
     return Seen(metrics, log, job_id, posted["request_id"])
 
 
@@ -186,23 +186,22 @@ def test_metrics_hold_no_id_and_no_path(seen: Seen) -> None:
 
 
 def test_every_line_of_the_log_is_json_and_has_a_time_and_a_level(seen: Seen) -> None:
-    for line in json_lines(seen.log):
+    for line in seen.log:
         assert {"event", "timestamp", "level"} <= set(line), line
 
 
 def test_lines_of_a_request_have_its_id(seen: Seen) -> None:
-    of_request = [line for line in json_lines(seen.log) if line.get("request_id") == seen.request_id]
+    of_request = [line for line in seen.log if line.get("request_id") == seen.request_id]
     assert [line["event"] for line in of_request] == ["job.created", "request.answered"]
     created, answered = of_request
     assert created["job_id"] == seen.job_id
     assert (answered["method"], answered["route"], answered["status"]) == ("POST", "/v1/jobs", 201)
-    gets = [line for line in json_lines(seen.log) if line.get("route") == "/v1/jobs/{job_id}"]
+    gets = [line for line in seen.log if line.get("route") == "/v1/jobs/{job_id}"]
     assert {line["job_id"] for line in gets} == {seen.job_id}
 
 
 def test_lines_of_a_worker_and_of_its_child_have_job_step_and_attempt(seen: Seen) -> None:
-    lines = json_lines(seen.log)
-    of_worker = [line for line in lines if line["event"].startswith(("attempt.", "layer.", "child."))]
+    of_worker = [line for line in seen.log if line["event"].startswith(("attempt.", "layer.", "child."))]
     assert {line["job_id"] for line in of_worker} == {seen.job_id}
     ended = [(line["step"], line["attempt"]) for line in of_worker if line["event"] == "attempt.succeeded"]
     assert ended == [
@@ -221,4 +220,4 @@ def test_requests_are_not_logged_where_that_is_turned_off(tmp_path: Path) -> Non
     with Server(tmp_path / "data", {"ORTHOKV_LOG_REQUESTS": "false"}) as server:
         server.get("/v1/jobs")
         assert Settings().log_requests
-    assert "request.answered" not in server.log()
+    assert "request.answered" not in [line["event"] for line in json_lines(server.log_file)]

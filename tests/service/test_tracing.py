@@ -230,16 +230,16 @@ def test_real_processes_export_linked_traces_and_log_their_ids(
     assert (link.trace_id, link.span_id) == (request.trace_id, request.span_id)
     assert otlp.span("orthokv-worker", "layer 2").trace_id == attempt.trace_id
 
-    posted = next(line for line in json_lines(api.log()) if line["event"] == "job.created")
+    posted = next(line for line in json_lines(api.log_file) if line["event"] == "job.created")
     assert posted["job_id"] == job_id
     assert posted["trace_id"] == request.trace_id.hex()
     answered = next(
         line
-        for line in json_lines(api.log())
+        for line in json_lines(api.log_file)
         if line["event"] == "request.answered" and line["method"] == "POST"
     )
     assert (answered["request_id"], answered["trace_id"]) == (posted["request_id"], posted["trace_id"])
-    lines = json_lines(worker.log())
+    lines = json_lines(worker.log_file)
     committed = [line for line in lines if line["event"] == "layer.committed"]
     said = next(line for line in lines if line["event"] == "child.said")
     assert said["line"] == "Loading weights"
