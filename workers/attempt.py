@@ -197,13 +197,11 @@ class Attempt:
     def _note_layer(self, message: File) -> None:
         seconds, self._since = time.monotonic() - self._since, time.monotonic()
         LAYER_SECONDS.observe(seconds)
+        numbers = {name: value for name, value in message.metrics.items() if isinstance(value, int | float)}
         tracing.past_span(
             f"layer {message.layer}",
             began_ns=time.time_ns() - int(seconds * 1e9),
-            attributes={
-                "orthokv.layer": message.layer or 0,
-                **{f"orthokv.{name}": float(value) for name, value in message.metrics.items()},
-            },
+            attributes={f"orthokv.{name}": value for name, value in numbers.items()},
         )
         log.info("layer.committed", layer=message.layer, seconds=round(seconds, 3))
 
