@@ -6,7 +6,7 @@ WORKDIR /srv
 
 # Requirements of the extras alone: the package's own include torch.
 COPY pyproject.toml constraints.txt deploy/requirements.py ./
-RUN python requirements.py server broker > requirements.txt \
+RUN python requirements.py server broker otel > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
 
 COPY app app

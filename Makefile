@@ -52,7 +52,7 @@ check: $(STAMP)
 	$(BIN)/python -m app.migrate --check
 	$(BIN)/yamllint --strict -c .yamllint.yml .yamllint.yml docker-compose.yml deploy
 	$(BIN)/hadolint Dockerfile gpu_worker.Dockerfile
-	$(BIN)/kubernetes-validate --strict --no-warn --quiet deploy/kubernetes/*.yaml
+	$(BIN)/kubernetes-validate --strict --no-warn --quiet deploy/kubernetes/*.yaml deploy/monitoring/podmonitor.yaml
 
 # More options: make bench-quality ARGS="--device cuda --methods eigen:tied,stiefel:joint"
 RESULTS := benchmarks/results

@@ -17,7 +17,7 @@ COPY orthokv orthokv
 COPY app app
 COPY workers workers
 COPY migrations migrations
-RUN pip install -c constraints.txt ".[worker]"
+RUN pip install -c constraints.txt ".[worker,otel]"
 
 RUN useradd --uid 10001 --create-home orthokv && install -d -o orthokv /data
 USER 10001

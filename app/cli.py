@@ -48,11 +48,13 @@ def api(
     from app.auth.exposure import Exposed, require_auth, require_key
     from app.logs import configure
     from app.main import create_app
+    from app.metrics.port import api_metrics
     from app.migrate import require_schema
     from app.server import bound, leave_on_signals
     from app.server import serve as serve_api
     from app.settings import Settings
     from app.storage import open_storage
+    from app.tracing import configure as configure_tracing
 
     with starting(Exposed):
         settings = Settings()
@@ -61,7 +63,8 @@ def api(
         require_key(settings, host)
         open_storage(settings)
         configure()
-        with bound(host, port) as listening:
+        configure_tracing("orthokv-api")
+        with bound(host, port) as listening, api_metrics(settings):
             leave_on_signals()
             serve_api(create_app(settings), listening, host=host, announce=_announce)
 

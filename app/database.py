@@ -197,6 +197,17 @@ def _prepare(engine: Engine) -> None:
         )
 
 
+def after_commit(session: Session, call: Callable[[], object]) -> None:
+    """Call this once the transaction is committed, and never if it is not: for metrics and logs."""
+    session.info.setdefault(_REPORTS, []).append(call)
+
+
+def _report(session: Session) -> None:
+    for call in session.info.pop(_REPORTS, ()):
+        call()
+
+
+_REPORTS = "after_commit"
 _READ = {"sqlite_begin": "DEFERRED"}
 _WRITE = {"sqlite_begin": "IMMEDIATE"}
 
@@ -214,9 +225,12 @@ class Database:
         _prepare(self._engine.sync_engine)
 
     async def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:
-        async with AsyncSession(self._engine, expire_on_commit=False) as session, session.begin():
-            await session.connection(execution_options=options)
-            return await session.run_sync(call)
+        async with AsyncSession(self._engine, expire_on_commit=False) as session:
+            async with session.begin():
+                await session.connection(execution_options=options)
+                result = await session.run_sync(call)
+            _report(session.sync_session)
+            return result
 
     async def read(
         self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
@@ -248,9 +262,12 @@ class SyncDatabase:
         _prepare(self.engine)
 
     def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:
-        with Session(self.engine, expire_on_commit=False) as session, session.begin():
-            session.connection(execution_options=options)
-            return call(session)
+        with Session(self.engine, expire_on_commit=False) as session:
+            with session.begin():
+                session.connection(execution_options=options)
+                result = call(session)
+            _report(session)
+            return result
 
     def read(self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._run(_READ, lambda session: function(session, *args, **kwargs))

@@ -18,10 +18,12 @@ from pathlib import Path
 import structlog
 from pydantic import SecretStr
 
+from app import tracing
 from app.auth.exposure import require_key
 from app.ids import new_id
 from app.logs import configure
 from app.main import create_app
+from app.metrics.port import api_metrics
 from app.migrate import upgrade
 from app.sealing import own_key
 from app.server import bound, leave_on_signals, serve
@@ -122,8 +124,9 @@ class EmbeddedWorker:
 def run(settings: Settings, *, host: str, port: int, worker: bool, announce: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM. Raises `FolderInUse`, `Exposed` and `OSError` (the port is taken)."""
     configure()
+    tracing.configure("orthokv-api")
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    with locked(settings.data_dir) as lock, bound(host, port) as listening:
+    with locked(settings.data_dir) as lock, bound(host, port) as listening, api_metrics(settings):
         upgrade(settings.resolved_database_url)
         require_key(settings, host)
         if not split_keys(settings.secret_keys):

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from app.auth.keys import redact
+from app.metrics.counted import PROBLEMS
 
 log = structlog.get_logger(__name__)
 
@@ -89,6 +90,10 @@ _STATUS: dict[Code, int] = {
 }
 
 
+for _code in Code:
+    PROBLEMS.labels(_code)  # from zero, so that the first one shows as a rise
+
+
 class FieldProblem(BaseModel):
     """One field at fault; `pointer` is a JSON pointer into the body, or names the parameter."""
 
@@ -135,6 +140,7 @@ def not_found(what: str) -> Problem:
 
 def render(problem: Problem, *, path: str, request_id: str) -> Response:
     """The response of a problem."""
+    PROBLEMS.labels(problem.code).inc()
     body = ProblemDetail(
         type=_TYPE_BASE + problem.code.replace("_", "-"),
         title=problem.code.replace("_", " ").capitalize(),

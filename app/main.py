@@ -20,7 +20,7 @@ import app.jobs.routes
 import app.profiles.routes
 import app.quotas.routes
 import app.webhooks.routes
-from app import errors, failpoints
+from app import errors, failpoints, tracing
 from app.audit.window import NotedOnce
 from app.auth.rate import RateLimit
 from app.database import Database, SyncDatabase, Timeouts
@@ -28,6 +28,7 @@ from app.events.routes import StreamSlots
 from app.jobs.dispatch import make_dispatcher
 from app.jobs.reaper import Reaper
 from app.jobs.waiting import JobWatch
+from app.metrics.requests import Requests
 from app.middleware import LocalOnly, PlainQueries, RequestIds
 from app.openapi import API_VERSION, describe
 from app.outbound import Outbound
@@ -78,6 +79,14 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=_lifespan,
         redoc_url=None,
         redirect_slashes=False,
+        # Spans of requests, where `tracing.configure` has set up an exporter; metrics and logs are our own.
+        telemetry={
+            "metrics": False,
+            "logs": False,
+            "operation_spans": False,
+            "auto_configure": False,
+            "exclude": tracing.is_probe,
+        },
     )
     api.state.settings = settings
     api.state.streams = StreamSlots(settings.max_event_streams, settings.max_event_streams_per_key)
@@ -90,6 +99,7 @@ def create_app(settings: Settings) -> FastAPI:
     errors.install(api)
     api.add_middleware(PlainQueries)
     api.add_middleware(LocalOnly, allowed_hosts=settings.allowed_hosts)
+    api.add_middleware(Requests, log_requests=settings.log_requests)
     api.add_middleware(RequestIds)  # added last, so outermost: refusals have an id, too
     for router in (
         app.datasets.routes.router,

@@ -32,6 +32,7 @@ def serve(api: FastAPI, listening: socket.socket, *, host: str, announce: Callab
     config = uvicorn.Config(
         api,
         http=ZeroCopyProtocol,
+        log_config=None,  # ours: app.logs
         log_level="warning",
         access_log=False,
         server_header=False,

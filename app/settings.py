@@ -15,6 +15,7 @@ from app import failpoints
 
 Seconds = Annotated[float, Field(gt=0)]
 Bytes = Annotated[int, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
 GPU_CLASS_PATTERN = r"^[a-z0-9][a-z0-9-]{0,31}$"
 GpuClass = Annotated[str, Field(pattern=GPU_CLASS_PATTERN)]
 DEFAULT_GPU_CLASS = "default"
@@ -115,6 +116,15 @@ class Settings(BaseSettings):
     poll_seconds: Seconds = 0.25
     """How often long polls and event streams look at the database."""
     idempotency_hours: Annotated[float, Field(gt=0)] = 24.0
+
+    metrics_port: Port | None = None
+    """Where Prometheus reads the API (0: any free port). None: nowhere."""
+    worker_metrics_port: Port | None = None
+    """The same for a worker; each of a machine's workers needs its own."""
+    metrics_host: str = "127.0.0.1"
+    """The address of both. They ask for no key: only a private network may reach them."""
+    log_requests: bool = True
+    """One line in the log for each request, but those of probes."""
 
     lease_seconds: Seconds = 60.0
     heartbeat_seconds: Seconds = 15.0

@@ -25,8 +25,15 @@ def starting(*refusals: type[Exception]) -> Iterator[None]:
     from app.database import DatabaseUnusable
     from app.migrate import SchemaBehind
     from app.storage import StorageError
+    from app.tracing import TracingUnusable
 
-    unusable: tuple[type[Exception], ...] = (DatabaseUnusable, SchemaBehind, StorageError, *refusals)
+    unusable: tuple[type[Exception], ...] = (
+        DatabaseUnusable,
+        SchemaBehind,
+        StorageError,
+        TracingUnusable,
+        *refusals,
+    )
     try:
         yield
     except ValidationError as error:

@@ -27,7 +27,7 @@ class Server:
         self.data = data
         self._environment = {**os.environ, **environment}
         self._process: subprocess.Popen[str] | None = None
-        self._log = data.parent / f"{data.name}.log"
+        self.log_file = data.parent / f"{data.name}.log"
         self.url = ""
 
     def __enter__(self) -> Self:
@@ -49,7 +49,7 @@ class Server:
 
     def start(self) -> None:
         """Start and wait for the announcement of the URL."""
-        with self._log.open("a") as log:
+        with self.log_file.open("a") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", *self._command(), "--port", "0"],
                 env=self._environment,
@@ -118,7 +118,7 @@ class Server:
         return [layer["layer"] for layer in self.get(f"/v1/jobs/{job_id}/layers")["data"]]
 
     def log(self) -> str:
-        return self._log.read_text()[-20_000:]
+        return self.log_file.read_text()[-20_000:]
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:

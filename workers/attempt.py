@@ -11,7 +11,7 @@ from typing import Any, assert_never
 
 import structlog
 
-from app import failpoints
+from app import failpoints, tracing
 from app.database import SyncDatabase
 from app.jobs.commits import IncompleteResult, Produced, commit_layer, commit_progress, finish_step
 from app.jobs.dispatch import WakeListener
@@ -27,13 +27,14 @@ from app.jobs.lease import (
     release,
 )
 from app.jobs.vocabulary import JobErrorCode, StepName
+from app.metrics.counted import ATTEMPT_SECONDS, ATTEMPTS, LAYER_SECONDS, PEAK_MEMORY_BYTES
 from app.settings import Settings
 from app.storage import Storage, StorageError
 from workers.child import Child
 from workers.heartbeat import Heartbeat, Stop
 from workers.limits import Excess, Limits
 from workers.orders import load_order, prepare
-from workers.protocol import Error, File, Progress, ProtocolError, Request, Result
+from workers.protocol import Error, File, Progress, ProtocolError, Request, Result, Usage
 
 MAX_MESSAGE_CHARACTERS = 2_000
 
@@ -74,20 +75,29 @@ class Attempt:
         self._draining = False
         self._progress_at = float("-inf")
         self._phase = ""
-        self._log = log.bind(job=lease.job_id, step=lease.step, fence=lease.fence)
+        self._since = time.monotonic()
         self._heartbeat = Heartbeat(database, lease, settings, wake, stop_work=self._kill_child)
 
     def run(self) -> None:
-        self._log.info("attempt.started")
-        try:
-            with self._heartbeat:
-                outcome = self._work()
-            self._conclude(self._heartbeat.reason or outcome)
-        except LeaseLost:
-            self._log.warning("attempt.lease_lost")
-        finally:
-            self._kill_child()
-            shutil.rmtree(self._folder, ignore_errors=True)
+        began, lease = time.monotonic(), self._lease
+        outcome, code = "lost", ""
+        about = {f"orthokv.{name}": value for name, value in lease.about().items()}
+        with tracing.new_trace(f"attempt {lease.step}", linked=lease.traceparent, attributes=about) as span:
+            log.info("attempt.started")
+            try:
+                with self._heartbeat:
+                    end = self._work()
+                outcome, code = self._conclude(self._heartbeat.reason or end)
+            except LeaseLost:
+                log.warning("attempt.lease_lost")
+            finally:
+                self._kill_child()
+                shutil.rmtree(self._folder, ignore_errors=True)
+                span.set_attribute("orthokv.outcome", outcome)
+                if outcome in ("failed", "lost"):
+                    tracing.mark_failed(span, code or outcome)
+                ATTEMPTS.labels(lease.step, outcome, code).inc()
+                ATTEMPT_SECONDS.labels(lease.step).observe(time.monotonic() - began)
 
     def drain(self) -> None:
         """Planned shutdown.
@@ -102,8 +112,10 @@ class Attempt:
             order = self._database.read(load_order, self._lease)
             if self._lease.step is StepName.FIT and not order.layers:
                 return Done({}, [])  # the worker before us died between its last layer and its report
-            request = prepare(order, self._lease, self._storage, self._settings, self._folder)
-            return self._run_child(request)
+            with tracing.span("prepare"):
+                request = prepare(order, self._lease, self._storage, self._settings, self._folder)
+            with tracing.span(f"step {self._lease.step}"):
+                return self._run_child(request)
         except (StorageError, OSError) as error:
             return Failure(JobErrorCode.STORAGE_ERROR, str(error), retryable=True)
         except (ProtocolError, IncompleteResult) as error:
@@ -114,8 +126,14 @@ class Attempt:
     def _run_child(self, request: Request) -> Done | Failure:
         settings = self._settings
         limits = Limits.of(settings)
+        said = log.bind(**self._lease.about(), **tracing.ids())  # for a thread, which has no context
+        self._since = time.monotonic()
         child = Child(
-            settings.runner_command, request, environment=settings.runner_environment, limits=limits
+            settings.runner_command,
+            request,
+            environment=settings.runner_environment,
+            limits=limits,
+            on_line=lambda line: said.info("child.said", line=line),
         )
         with self._child_guard:
             self._child = child
@@ -131,13 +149,15 @@ class Attempt:
                     self._show(message)
                 case File():
                     self._take(message, Path(request.workdir), files)
+                case Usage():
+                    self._note_usage(message)
                 case Result() | Error():
                     end = message
                 case _:
                     assert_never(message)
         status = child.wait()
         if status != 0 and self._heartbeat.reason is None:
-            self._log.warning("child.failed", status=status, stderr=child.stderr_tail())
+            log.warning("child.failed", status=status, stderr=child.stderr_tail())
         if status != 0 and child.excess is not None:
             return _excess(child.excess, limits)
         if isinstance(end, Error):
@@ -178,14 +198,32 @@ class Attempt:
         draining = self._draining
         self._database.write(commit_layer, lease, produced)
         failpoints.hit("layer.committed")
-        self._log.info("layer.committed", layer=message.layer)
+        self._note_layer(message)
         path.unlink()
         if draining:
             self._heartbeat.stop(Stop.DRAINED)
 
+    def _note_layer(self, message: File) -> None:
+        seconds, self._since = time.monotonic() - self._since, time.monotonic()
+        LAYER_SECONDS.observe(seconds)
+        numbers = {name: value for name, value in message.metrics.items() if isinstance(value, int | float)}
+        tracing.past_span(
+            f"layer {message.layer}",
+            began_ns=time.time_ns() - int(seconds * 1e9),
+            attributes={f"orthokv.{name}": value for name, value in numbers.items()},
+        )
+        log.info("layer.committed", layer=message.layer, seconds=round(seconds, 3))
+
+    def _note_usage(self, message: Usage) -> None:
+        PEAK_MEMORY_BYTES.labels(self._lease.step, "host").set(message.peak_bytes)
+        if message.peak_gpu_bytes is not None:
+            PEAK_MEMORY_BYTES.labels(self._lease.step, "gpu").set(message.peak_gpu_bytes)
+
     def _show(self, message: Progress) -> None:
         """Write progress at most once in a while, but every new phase and every end."""
         moment = time.monotonic()
+        if message.phase != self._phase:
+            self._since = moment  # the first layer is counted without the loading of the model
         due = moment - self._progress_at >= self._settings.progress_seconds
         if due or message.phase != self._phase or message.done == message.total:
             self._progress_at, self._phase = moment, message.phase
@@ -198,28 +236,30 @@ class Attempt:
                 unit=message.unit,
             )
 
-    def _conclude(self, outcome: Done | Failure | Stop) -> None:
-        """The last write of this lease."""
+    def _conclude(self, outcome: Done | Failure | Stop) -> tuple[str, str]:
+        """The last write of this lease; gives how it ended, with a code if it failed."""
         lease = self._lease
         match outcome:
             case Done():
-                self._finish(outcome)
+                return self._finish(outcome)
             case Failure():
-                self._fail(outcome)
+                return self._fail(outcome)
             case Stop.CANCELLED:
                 self._database.write(acknowledge_cancel, lease)
-                self._log.info("attempt.cancelled")
+                log.info("attempt.cancelled")
+                return "cancelled", ""
             case Stop.DRAINED:
                 self._database.write(release, lease)
-                self._log.info("attempt.released")
+                log.info("attempt.released")
+                return "released", ""
             case Stop.TIME_UP:
-                self._fail(TIME_UP)
+                return self._fail(TIME_UP)
             case Stop.LOST:
                 raise LeaseLost
             case _:
                 assert_never(outcome)
 
-    def _finish(self, done: Done) -> None:
+    def _finish(self, done: Done) -> tuple[str, str]:
         failpoints.hit("finish.before")
         try:
             self._database.write(
@@ -230,15 +270,18 @@ class Attempt:
                 layers_per_fit_step=self._settings.layers_per_fit_step,
             )
         except IncompleteResult as error:
-            self._fail(Failure(JobErrorCode.INTERNAL, f"The runner broke its protocol: {error}", False))
-        else:
-            failpoints.hit("finish.after")
-            self._log.info("attempt.succeeded")
+            return self._fail(
+                Failure(JobErrorCode.INTERNAL, f"The runner broke its protocol: {error}", False)
+            )
+        failpoints.hit("finish.after")
+        log.info("attempt.succeeded")
+        return "succeeded", ""
 
-    def _fail(self, failure: Failure) -> None:
+    def _fail(self, failure: Failure) -> tuple[str, str]:
         policy = RetryPolicy(self._settings.max_failures, self._settings.retry_backoff_seconds)
         again = self._database.write(fail, self._lease, failure, policy)
-        self._log.warning("attempt.failed", code=failure.code, message=failure.message, again=again)
+        log.warning("attempt.failed", code=failure.code, message=failure.message, again=again)
+        return "failed", failure.code
 
     def _kill_child(self) -> None:
         with self._child_guard:

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from workers.limits import Excess, Limits, Watchdog
-from workers.protocol import MAX_LINE_BYTES, Error, File, Progress, Request, Result, parse
+from workers.protocol import MAX_LINE_BYTES, Error, File, Progress, Request, Result, Usage, parse
 
 STDERR_TAIL_BYTES = 16_384
+MAX_SAID_LINES = 500
+MAX_SAID_CHARACTERS = 2_000
 _TETHER = Path(__file__).with_name("tether.py")
 
 # What a Python program with torch and a model hub needs. Database and storage credentials are not among it.
@@ -44,8 +46,15 @@ class Child:
     """One run of the runner."""
 
     def __init__(
-        self, command: Sequence[str], request: Request, *, environment: Sequence[str], limits: Limits
+        self,
+        command: Sequence[str],
+        request: Request,
+        *,
+        environment: Sequence[str],
+        limits: Limits,
+        on_line: Callable[[str], object],
     ) -> None:
+        """Start it. `on_line` is called, in a thread, with the lines it writes to stderr, within bounds."""
         names = (*_PASSED_ON, *environment)
         passed_on = {name: os.environ[name] for name in names if name in os.environ}
         self._process = subprocess.Popen(
@@ -58,6 +67,8 @@ class Child:
         )
         self._watchdog = Watchdog(self._process.pid, limits, self.kill)
         self._tail = b""
+        self._said = 0
+        self._on_line = on_line
         self._tail_reader = threading.Thread(target=self._read_stderr, name="child-stderr", daemon=True)
         self._tail_reader.start()
         self._ender = threading.Thread(target=self._end_group, name="child-end", daemon=True)
@@ -76,7 +87,7 @@ class Child:
         """The limit for which the child was killed."""
         return self._watchdog.excess
 
-    def messages(self) -> Iterator[Progress | File | Result | Error]:
+    def messages(self) -> Iterator[Progress | File | Usage | Result | Error]:
         """Messages until the child closes its stdout. Raises `ProtocolError`."""
         stdout = self._pipe(self._process.stdout)
         while line := stdout.readline(MAX_LINE_BYTES + 1):
@@ -111,8 +122,22 @@ class Child:
 
     def _read_stderr(self) -> None:
         stderr = self._pipe(self._process.stderr)
+        begun = b""
         while chunk := os.read(stderr.fileno(), 65_536):
             self._tail = (self._tail + chunk)[-STDERR_TAIL_BYTES:]
+            *lines, begun = (begun + chunk).split(b"\n")
+            begun = begun[-STDERR_TAIL_BYTES:]
+            for line in lines:
+                self._pass_on(line)
+        self._pass_on(begun)
+
+    def _pass_on(self, line: bytes) -> None:
+        # Of a progress bar that draws over itself, the last state.
+        text = line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace").rstrip()
+        if text and self._said <= MAX_SAID_LINES:
+            self._said += 1
+            over = self._said > MAX_SAID_LINES
+            self._on_line("(more lines are not logged)" if over else text[:MAX_SAID_CHARACTERS])
 
     @staticmethod
     def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

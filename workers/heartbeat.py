@@ -16,6 +16,7 @@ from app import failpoints
 from app.database import SyncDatabase
 from app.jobs.dispatch import WakeListener
 from app.jobs.lease import Lease, LeaseLost, TimeUp, beat
+from app.metrics.counted import HEARTBEAT_FAILURES
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -50,6 +51,7 @@ class Heartbeat:
     ) -> None:
         self._database = database
         self._lease = lease
+        self._log = log.bind(**lease.about())  # threads have no context of their own
         self._settings = settings
         self._wake = wake
         self._stop_work = stop_work
@@ -106,7 +108,8 @@ class Heartbeat:
                 self.stop(Stop.TIME_UP)
                 return
             except SQLAlchemyError as error:
-                log.warning("heartbeat.failed", job=self._lease.job_id, error=str(error).partition("\n")[0])
+                HEARTBEAT_FAILURES.inc()
+                self._log.warning("heartbeat.failed", error=str(error).partition("\n")[0])
             else:
                 self._last_success = time.monotonic()
                 failpoints.hit("heartbeat.after")
@@ -121,7 +124,7 @@ class Heartbeat:
         while not self._ended.wait(tick):
             moment = time.monotonic()
             if moment - self._last_success > self._settings.lease_seconds * 2 / 3:
-                log.error("lease.self_fenced", job=self._lease.job_id, step=self._lease.step_id)
+                self._log.error("lease.self_fenced")
                 self.stop(Stop.LOST)
             if self._drain_until is not None and moment > self._drain_until:
                 self.stop(Stop.DRAINED)

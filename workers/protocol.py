@@ -88,6 +88,14 @@ class File(_Message):
     metrics: dict[str, Any] = {}
 
 
+class Usage(_Message):
+    """Most memory that the runner has held so far, in bytes; of the GPU only if it used one."""
+
+    type: Literal["usage"]
+    peak_bytes: Annotated[int, Field(ge=0)]
+    peak_gpu_bytes: Annotated[int, Field(ge=0)] | None
+
+
 class Result(_Message):
     type: Literal["result"]
     data: dict[str, Any]
@@ -104,11 +112,11 @@ class Error(_Message):
     best: float | None = None
 
 
-Message = Annotated[Progress | File | Result | Error, Field(discriminator="type")]
-_messages: TypeAdapter[Progress | File | Result | Error] = TypeAdapter(Message)
+Message = Annotated[Progress | File | Usage | Result | Error, Field(discriminator="type")]
+_messages: TypeAdapter[Progress | File | Usage | Result | Error] = TypeAdapter(Message)
 
 
-def parse(line: bytes) -> Progress | File | Result | Error:
+def parse(line: bytes) -> Progress | File | Usage | Result | Error:
     """The message of one line."""
     if len(line) > MAX_LINE_BYTES:
         raise ProtocolError(f"a line of more than {MAX_LINE_BYTES} bytes")

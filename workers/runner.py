@@ -1,7 +1,7 @@
 """The child process of a worker: one step of a job, and the only part of the service that imports torch.
 
 It reads one JSON request from standard input and writes JSON lines to standard output: ``progress``, ``file`` (ready to be
-committed), then ``result`` or ``error``. It knows nothing of databases, leases or object stores.
+committed), ``usage``, then ``result`` or ``error``. It knows nothing of databases, leases or object stores.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -98,10 +99,21 @@ class Wire:
             }
         )
 
+    def usage(self) -> None:
+        """The most memory held so far: of this process, and of its GPUs with what torch keeps in reserve."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        gpu = None
+        if torch.cuda.is_initialized():
+            gpu = sum(torch.cuda.max_memory_reserved(index) for index in range(torch.cuda.device_count()))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self._send({"type": "usage", "peak_bytes": peak, "peak_gpu_bytes": gpu})
+
     def result(self, data: dict[str, Any]) -> None:
+        self.usage()
         self._send({"type": "result", "data": data})
 
     def error(self, code: str, message: str, *, retryable: bool = False, best: float | None = None) -> None:
+        self.usage()
         self._send(
             {
                 "type": "error",

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import failpoints
+from app import failpoints, tracing
 from app.database import SyncDatabase, Timeouts
 from app.jobs import repository
 from app.jobs.dispatch import Dispatcher, WakeListener, make_dispatcher
 from app.jobs.lease import Lease, RetryPolicy, claim
 from app.jobs.reaper import return_lost
 from app.logs import configure
+from app.metrics.counted import WORKER_IDLE
+from app.metrics.port import worker_metrics
 from app.settings import Settings
 from app.storage import open_storage
 from workers.attempt import Attempt
@@ -57,6 +59,7 @@ class Supervisor:
         """Work until `stop`; then `close`."""
         self._take_back_own_leases()
         log.info("worker.started", worker=self._name, gpu_classes=self._settings.gpu_classes)
+        self._show_idle(True)
         if self._listener is not None:
             self._listener.start()
         while not self._stopping:
@@ -155,13 +158,20 @@ class Supervisor:
         )
         if self._stopping:  # the signal came between the claim and here
             self._attempt.drain()
-        try:
-            self._attempt.run()
-        except SQLAlchemyError as error:
-            # Nothing can be reported; the lease runs out and the reaper returns the step.
-            log.error("attempt.abandoned", job=lease.job_id, error=str(error).partition("\n")[0])
-        finally:
-            self._attempt = None
+        with structlog.contextvars.bound_contextvars(worker=self._name, **lease.about()):
+            self._show_idle(False)
+            try:
+                self._attempt.run()
+            except SQLAlchemyError as error:
+                # Nothing can be reported; the lease runs out and the reaper returns the step.
+                log.error("attempt.abandoned", error=str(error).partition("\n")[0])
+            finally:
+                self._attempt = None
+                self._show_idle(True)
+
+    def _show_idle(self, idle: bool) -> None:
+        for gpu_class in self._settings.gpu_classes:
+            WORKER_IDLE.labels(gpu_class).set(idle and not self._stopping)
 
 
 def main() -> None:
@@ -172,7 +182,12 @@ def run(settings: Settings) -> None:
     """Work until SIGTERM or SIGINT."""
     configure()
     failpoints.arm(settings.failpoint, settings.failpoint_dir)
-    supervisor = Supervisor(settings)
+    tracing.configure("orthokv-worker")
+    with worker_metrics(settings):
+        _run(Supervisor(settings))
+
+
+def _run(supervisor: Supervisor) -> None:
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
         supervisor.stop()

@@ -16,6 +16,7 @@ from app.errors import Code, Problem
 from app.events import service
 from app.events.schemas import EventPage
 from app.jobs.routes import JobId
+from app.metrics.counted import EVENT_STREAMS
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 LARGEST_NUMBER = 2**31 - 1  # of an integer column
@@ -32,8 +33,9 @@ class StreamSlots:
     async def use(self, key: str, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         self._open[key] += 1
         try:
-            async for chunk in chunks:
-                yield chunk
+            with EVENT_STREAMS.track_inprogress():
+                async for chunk in chunks:
+                    yield chunk
         finally:
             self._open[key] -= 1
             self._open += Counter()  # forgets keys without a stream

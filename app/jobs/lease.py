@@ -38,6 +38,19 @@ class Lease:
     step_id: str
     step: StepName
     fence: int
+    attempt: int
+    gpu_class: str
+    traceparent: str | None = None
+
+    def about(self) -> dict[str, str | int]:
+        """What every line of the log says about this attempt."""
+        return {
+            "job_id": self.job_id,
+            "step_id": self.step_id,
+            "step": self.step,
+            "attempt": self.attempt,
+            "fence": self.fence,
+        }
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,15 @@ def claim(
         transition(session, job, JobStatus.RUNNING, event="job.started", data=about)
     else:
         record(session, job, "step.started", about)
-    return Lease(job.id, step.id, name, step.fence)
+    return Lease(
+        job.id,
+        step.id,
+        name,
+        step.fence,
+        attempt=step.attempts,
+        gpu_class=step.gpu_class,
+        traceparent=job.traceparent,
+    )
 
 
 def beat(session: Session, lease: Lease, *, lease_seconds: float) -> bool:
@@ -139,6 +160,7 @@ def release(session: Session, lease: Lease) -> None:
     job, step = hold(session, lease)
     if _ends_cancelled(session, job, step):
         return
+    step.not_before = now()  # it waits from here on
     move_step(session, step, StepStatus.READY)
     _requeue(
         session,

@@ -57,6 +57,8 @@ class Job(Base):
     resolved: Mapped[dict[str, Any]] = mapped_column(Json)
     result: Mapped[dict[str, Any] | None] = mapped_column(Json)
     error: Mapped[dict[str, Any] | None] = mapped_column(Json)
+    traceparent: Mapped[str | None] = mapped_column(String(55))
+    """The span of the request that made the job, by W3C Trace Context; attempts link to it."""
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from app import failpoints
 from app.artifacts import repository as artifacts
-from app.database import SyncDatabase
+from app.database import SyncDatabase, after_commit
 from app.datasets import repository as datasets
 from app.deletion.sweeps import expire_jobs, forget_uploads, free_bytes, grace_seconds
 from app.idempotency import repository as idempotency
@@ -24,6 +24,7 @@ from app.jobs.dispatch import Dispatcher
 from app.jobs.lease import WORKER_LOST, RetryPolicy, end_attempt, stop_others
 from app.jobs.states import transition
 from app.jobs.vocabulary import JobStatus
+from app.metrics.counted import LEASE_EXPIRIES, REAPER_RESCUED, REAPER_SWEEPS
 from app.settings import Settings
 from app.storage import Storage
 
@@ -71,6 +72,8 @@ class Reaper:
                 resend_hints, self._dispatcher, after_seconds=settings.hint_after_seconds
             ),
         }
+        for what, count in done.items():
+            REAPER_RESCUED.labels(what).inc(count)
         if any(done.values()):
             log.info("reaper.swept", **done)
 
@@ -79,6 +82,7 @@ class Reaper:
         if forgotten := forget_uploads(self._database, age_seconds=age.total_seconds()):
             log.info("reaper.uploads_forgotten", count=forgotten)
         if deleted := sweep_orphans(self._database, self._storage, age=age):
+            REAPER_RESCUED.labels("orphans_deleted").inc(deleted)
             log.info("reaper.orphans_deleted", count=deleted)
 
     def _run(self) -> None:
@@ -90,7 +94,10 @@ class Reaper:
                     next_orphans = time.monotonic() + self._settings.orphan_sweep_seconds
                     self.sweep_orphans()
             except Exception:  # the next round tries again; a dead reaper would strand every lost lease
+                REAPER_SWEEPS.labels("failed").inc()
                 log.exception("reaper.failed")
+            else:
+                REAPER_SWEEPS.labels("done").inc()
             self._stop.wait(self._settings.reaper_seconds)
 
 
@@ -107,6 +114,7 @@ def return_lost(session: Session, policy: RetryPolicy, *, owner: str | None = No
             continue  # a late heartbeat extended the lease, or another reaper was here first
         end_attempt(session, job, step, WORKER_LOST, policy)
         failpoints.hit("reaper.returning")
+        after_commit(session, LEASE_EXPIRIES.inc)
         count += 1
     return count
 

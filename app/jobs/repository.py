@@ -11,7 +11,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.auth.models import Project
 from app.auth.repository import lock_project
-from app.database import now
+from app.database import clock, now
 from app.jobs.models import Job, Layer, Step
 from app.jobs.vocabulary import JobStatus, StepStatus
 from app.pagination import Cursor, cut
@@ -276,6 +276,37 @@ def count_waiting(session: Session, *, older_than_seconds: float = 0.0) -> dict[
         .where(Step.status == StepStatus.READY, Step.not_before <= now(-older_than_seconds))
         .group_by(Step.gpu_class)
         .order_by(Step.gpu_class)
+    )
+    return {row[0]: row[1] for row in session.execute(statement)}
+
+
+def count_jobs(session: Session) -> dict[tuple[str, str], int]:
+    """How many jobs there are by (status, code); the code of jobs that did not fail is empty.
+
+    Counted along an index; only failed jobs are read themselves.
+    """
+    by_status = select(Job.status, func.count()).group_by(Job.status)
+    found = {(row[0], ""): row[1] for row in session.execute(by_status) if row[0] != JobStatus.FAILED}
+    code = Job.error["code"].as_string()
+    failed = select(code, func.count()).where(Job.status == JobStatus.FAILED).group_by(code)
+    return found | {(JobStatus.FAILED, row[0] or ""): row[1] for row in session.execute(failed)}
+
+
+def waiting_by_class(session: Session) -> dict[str, tuple[int, float]]:
+    """Steps that could run now, by GPU class: how many, and for how many seconds the oldest has waited."""
+    statement = (
+        select(Step.gpu_class, func.count(), func.min(Step.not_before))
+        .where(Step.status == StepStatus.READY, Step.not_before <= now())
+        .group_by(Step.gpu_class)
+    )
+    rows = session.execute(statement).all()
+    moment = clock(session)
+    return {row[0]: (row[1], max(0.0, (moment - row[2]).total_seconds())) for row in rows}
+
+
+def running_by_class(session: Session) -> dict[str, int]:
+    statement = (
+        select(Step.gpu_class, func.count()).where(Step.status == StepStatus.RUNNING).group_by(Step.gpu_class)
     )
     return {row[0]: row[1] for row in session.execute(statement)}
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import structlog
 from sqlalchemy.orm import Session
 
+from app import tracing
 from app.artifacts.repository import by_ids
 from app.audit.service import record as audit
 from app.auth.principal import Principal
+from app.database import after_commit
 from app.datasets.service import require_ready
 from app.errors import Code, FieldProblem, Problem, not_found
 from app.ids import new_id
@@ -26,6 +29,8 @@ from app.pagination import Cursor, Page, page
 from app.profiles.repository import share_profile
 from app.quotas.service import require_room_for_job
 from app.settings import Settings
+
+log = structlog.get_logger(__name__)
 
 # As the hub spells repositories. Anything else is a path, and paths are the server's own affair.
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -222,11 +227,13 @@ def _queue(
         spec=spec,
         labels=labels,
         resolved=resolved or {},
+        traceparent=tracing.traceparent(),
     )
     session.add(row)
     session.flush()
     add_first_steps(session, row)
     record(session, row, "job.created", {"kind": kind})
+    after_commit(session, partial(log.info, "job.created", job_id=row.id, gpu_class=gpu_class))
     audit(session, principal, "job.created", row.id)
     session.flush()
     return _job(session, row)

@@ -7,16 +7,21 @@ status, version, event number, event and webhook deliveries are one change or no
 from __future__ import annotations
 
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
+import structlog
 from sqlalchemy.orm import Session
 
 from app import failpoints
-from app.database import clock
+from app.database import after_commit, clock
 from app.events.models import Event
 from app.jobs.models import Job, Step
 from app.jobs.vocabulary import ENDED_STEPS, JOB_EDGES, STEP_EDGES, TERMINAL, JobStatus, StepStatus
+from app.metrics.counted import JOBS
 from app.webhooks.outbox import enqueue
+
+log = structlog.get_logger(__name__)
 
 
 class IllegalTransition(Exception):
@@ -45,6 +50,10 @@ def transition(
     job.finished_at = moment if to in TERMINAL else None
     record(session, job, event, data)
     failpoints.hit("transition.recorded")
+    after_commit(session, partial(log.info, event, job_id=job.id, status=to))
+    if to in TERMINAL:
+        code = (job.error or {}).get("code", "") if to is JobStatus.FAILED else ""
+        after_commit(session, JOBS.labels(to, code).inc)
 
 
 def record(session: Session, job: Job, event: str, data: dict[str, Any] | None = None) -> None:

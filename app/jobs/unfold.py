@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
+from app.database import now
 from app.ids import new_id
 from app.jobs import repository
 from app.jobs.models import Job, Step
@@ -51,6 +52,7 @@ def open_next_stage(session: Session, job: Job) -> bool:
     stage = min(step.stage for step in unfinished)
     for step in unfinished:
         if step.stage == stage and step.status == StepStatus.PENDING:
+            step.not_before = now()  # it waits from here on, not since the job was made
             move_step(session, step, StepStatus.READY)
     return True
 

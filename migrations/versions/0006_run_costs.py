@@ -1,7 +1,7 @@
 """Deletion (tombstones of objects, rows that outlive what they were made from), retention, time budgets, run costs.
 
 Revision ID: 0006
-Revises: 0003
+Revises: 0005
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ ID = sa.String(40).with_variant(sa.String(40, collation="C"), "postgresql")
 TIME = sa.DateTime(timezone=True).with_variant(sa.String(23), "sqlite")
 
 revision = "0006"
-down_revision = "0004"
+down_revision = "0005"
 branch_labels = None
 depends_on = None
 

@@ -90,6 +90,10 @@ def transient() -> None:
     sys.exit(1)
 
 
+def chatter() -> None:
+    print("Loading weights", file=sys.stderr, flush=True)
+
+
 def unreachable() -> None:
     say(type="error", code="budget_unreachable", message="No plan keeps 0.01.", retryable=False, best=0.07)
     sys.exit(3)
@@ -168,6 +172,7 @@ FAULTS: dict[str, Callable[[], None]] = {
         out_of_memory,
         poison,
         transient,
+        chatter,
         unreachable,
         no_result,
         foreign_file,
@@ -264,6 +269,11 @@ def main() -> None:
         say(type="progress", phase=f"{STEP}-halfway", done=1, total=2, unit="sample")
         take_time()
         data = run_step()
+    say(
+        type="usage",
+        peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_gpu_bytes=None,
+    )
     failpoints.hit(f"child.{STEP}")
     say(type="result", data=data)
 
