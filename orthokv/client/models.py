@@ -14,6 +14,8 @@ class Artifact(Model):
 
     bytes: int
     created_at: AwareDatetime
+    expires_at: AwareDatetime | None = None
+    """When it is deleted with its job, by the project's `retention_days`."""
     filename: Annotated[str, Field(examples=["orthokv.safetensors"])]
     id: str
     media_type: str
@@ -28,7 +30,7 @@ class AuditEvent(Model):
     action: Annotated[str, Field(examples=["api_key.created"])]
     """An open vocabulary."""
     actor: Annotated[str, Field(examples=["key_0"])]
-    """The id of a key; `local`; or `cli`."""
+    """The id of a key; `local`; `cli`; or `system`."""
     created_at: AwareDatetime
     data: dict[str, Any]
     id: str
@@ -187,6 +189,8 @@ class Limits(Model):
     )
     dataset_bytes: Annotated[int | None, Field(ge=0, lt=9223372036854776000)] = None
     queued_jobs: Annotated[int | None, Field(ge=0, lt=2147483648)] = None
+    retention_days: Annotated[int | None, Field(ge=1, le=36500)] = None
+    """Jobs and all that they made are deleted so long after their end. `null`: never."""
     running_steps: Annotated[int | None, Field(ge=1, lt=2147483648)] = None
     stored_bytes: Annotated[int | None, Field(ge=0, lt=9223372036854776000)] = None
 
@@ -222,6 +226,14 @@ class Method(Model):
     steps: Annotated[int | None, Field(ge=1, le=1000000)] = None
     """Optimisation steps per layer; absent: the method's own."""
     type: Literal["oblique", "stiefel", "weighted", "eigen"] = "oblique"
+
+
+class Minutes(Model):
+    """Time of one worker, without any wait in the queue."""
+
+    high: float
+    likely: float
+    low: float
 
 
 class ModelRef(Model):
@@ -274,6 +286,7 @@ class ProblemDetail(Model):
         "idempotency_key_reused",
         "digest_mismatch",
         "local_models_disabled",
+        "webhooks_disabled",
         "queue_full",
         "rate_limited",
         "internal",
@@ -327,6 +340,14 @@ class ProjectUpdate(Model):
     limits: Limits
 
 
+class Quota(Model):
+    """What is used of a limit. Without a limit, `limit` and `left` are null."""
+
+    left: int | None
+    limit: int | None
+    used: int
+
+
 class TextRef(Model):
     """A text: an uploaded dataset, or what the model writes itself."""
 
@@ -345,6 +366,40 @@ class Upload(Model):
     max_bytes: int
     method: Literal["PUT"] = "PUT"
     url: Annotated[str, Field(examples=["/v1/datasets/ds_0/content"])]
+
+
+class Usage(Model):
+    """What the key's project uses now, and may use."""
+
+    dataset_bytes: int
+    """Most that one dataset may have."""
+    object: Literal["usage"] = "usage"
+    project_id: str
+    queued_jobs: Quota
+    retention_days: int | None
+    """How long jobs are kept after their end; null: for ever."""
+    running_jobs: int
+    running_steps: Quota
+    stored_bytes: Quota
+    """Uploads and all that jobs have made; not what was deleted."""
+
+
+class ValidationProblem(Model):
+    """Why the job would be refused, or would fail at once."""
+
+    code: Annotated[str, Field(examples=["queue_full"])]
+    """A code of problems or of jobs that failed."""
+    detail: str
+    errors: list[FieldProblem] | None = None
+
+
+class WebhookSecretRotate(Model):
+    """How long the present secret goes on signing beside the new one."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    overlap_hours: Annotated[float, Field(ge=0.0, le=168.0)] = 24.0
 
 
 class ApiKey(Model):
@@ -371,6 +426,7 @@ class ApiKey(Model):
             "checkpoints:read",
             "checkpoints:write",
             "artifacts:read",
+            "webhooks:manage",
             "keys:manage",
             "admin",
         ]
@@ -399,11 +455,12 @@ class ApiKeyCreate(Model):
                 "checkpoints:read",
                 "checkpoints:write",
                 "artifacts:read",
+                "webhooks:manage",
                 "keys:manage",
                 "admin",
             ]
         ],
-        Field(max_length=10, min_length=1),
+        Field(max_length=11, min_length=1),
     ]
 
 
@@ -432,6 +489,7 @@ class ApiKeyCreated(Model):
             "checkpoints:read",
             "checkpoints:write",
             "artifacts:read",
+            "webhooks:manage",
             "keys:manage",
             "admin",
         ]
@@ -470,6 +528,29 @@ class DatasetRef(Model):
     """`self`: the model samples its own text."""
 
 
+class Estimate(Model):
+    """What a job would take. `null` is what cannot be known."""
+
+    artifact_bytes: int | None
+    """Files that the job would leave in the store."""
+    basis: Annotated[str, Field(examples=["fitted to 12 past runs"])]
+    """Where the minutes come from: `fitted to N past runs` of the class and method, or `priors`."""
+    download_bytes: int | None
+    """Weights that a worker without them has to fetch."""
+    gpu_class: str
+    gpu_memory_bytes: int | None
+    """Peak on a GPU that holds the whole model; with less, a worker streams it from disk."""
+    host_memory_bytes: int | None
+    """Peak on a worker that computes on its CPU, in float32, with the whole model in memory."""
+    known_from: Literal["files", "config", "nothing"]
+    """What of the model was looked at: its files, the hub's `config.json` alone, or nothing."""
+    layers: int | None
+    minutes: Minutes | None
+    parameters: int | None
+    tokens: int
+    """Calibration tokens asked for; a shorter text gives fewer."""
+
+
 class JobCreate(Model):
     """A model, a dataset and an error budget."""
 
@@ -482,6 +563,8 @@ class JobCreate(Model):
     """`adapter`: bases only. `full`: with the base model's own files, loadable by path."""
     gpu_class: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]{0,31}$")] = "default"
     """Which workers may run the job: one of the server's classes."""
+    max_runtime_minutes: Annotated[int | None, Field(ge=1, le=525600)] = None
+    """Fail the job with `time_limit_exceeded` so long after its first step has begun; absent: the server's own limit, if it has one."""
     metadata: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")], str] | None = None
     """Up to 16 labels of the client's own; jobs can be listed by them."""
     method: Method | None = None
@@ -511,6 +594,8 @@ class JobError(Model):
         "invalid_setting",
         "storage_error",
         "out_of_memory",
+        "step_timeout",
+        "time_limit_exceeded",
         "worker_lost",
         "internal",
     ]
@@ -557,6 +642,181 @@ class Step(Model):
     status: Literal["pending", "ready", "running", "succeeded", "failed", "cancelled"]
 
 
+class Validation(Model):
+    """What would become of a request. Nothing was stored."""
+
+    estimate: Estimate
+    object: Literal["validation"] = "validation"
+    problems: list[ValidationProblem]
+    valid: bool
+
+
+class WebhookDelivery(Model):
+    """One message to one endpoint, with the outcome of its last attempt."""
+
+    attempts: int
+    created_at: AwareDatetime
+    endpoint_id: str
+    error: str | None
+    finished_at: AwareDatetime | None
+    id: str
+    """The `webhook-id` of every attempt."""
+    job_id: str
+    last_attempt_at: AwareDatetime | None
+    next_attempt_at: AwareDatetime | None
+    object: Literal["webhook_delivery"] = "webhook_delivery"
+    response_body: str | None
+    """Its first 2048 bytes."""
+    response_status: int | None
+    status: Literal["pending", "succeeded", "failed"]
+    type: Literal[
+        "job.created",
+        "job.started",
+        "job.cancelling",
+        "job.succeeded",
+        "job.failed",
+        "job.cancelled",
+        "job.retried",
+    ]
+    """What an endpoint can be told."""
+
+
+class WebhookEndpoint(Model):
+    """An address of the project's, without its secret."""
+
+    cloud_events: bool
+    created_at: AwareDatetime
+    description: str
+    disabled_at: AwareDatetime | None
+    disabled_reason: Literal["client", "gone", "failing"] | None
+    """`client`: by request. `gone`: it answered 410. `failing`: every retry of a delivery failed."""
+    enabled: bool
+    event_types: (
+        list[
+            Literal[
+                "job.created",
+                "job.started",
+                "job.cancelling",
+                "job.succeeded",
+                "job.failed",
+                "job.cancelled",
+                "job.retried",
+            ]
+        ]
+        | None
+    )
+    id: str
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    previous_secret_expires_at: AwareDatetime | None
+    """Until then two secrets sign."""
+    url: str
+
+
+class WebhookEndpointCreate(Model):
+    """An address to be told about jobs."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    cloud_events: bool = False
+    """Send the headers of a CloudEvent (`ce-id`, `ce-type`, ...), too."""
+    description: Annotated[str, Field(max_length=255)] = ""
+    event_types: Annotated[
+        list[
+            Literal[
+                "job.created",
+                "job.started",
+                "job.cancelling",
+                "job.succeeded",
+                "job.failed",
+                "job.cancelled",
+                "job.retried",
+            ]
+        ]
+        | None,
+        Field(max_length=7, min_length=1),
+    ] = None
+    """`null`: all types."""
+    url: Annotated[
+        str,
+        Field(
+            examples=["https://hooks.example.com/orthokv"],
+            max_length=2048,
+            min_length=1,
+        ),
+    ]
+    """https, port 443, a public host."""
+
+
+class WebhookEndpointCreated(Model):
+    """An endpoint with its new secret, which is shown this once."""
+
+    cloud_events: bool
+    created_at: AwareDatetime
+    description: str
+    disabled_at: AwareDatetime | None
+    disabled_reason: Literal["client", "gone", "failing"] | None
+    """`client`: by request. `gone`: it answered 410. `failing`: every retry of a delivery failed."""
+    enabled: bool
+    event_types: (
+        list[
+            Literal[
+                "job.created",
+                "job.started",
+                "job.cancelling",
+                "job.succeeded",
+                "job.failed",
+                "job.cancelled",
+                "job.retried",
+            ]
+        ]
+        | None
+    )
+    id: str
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
+    previous_secret_expires_at: AwareDatetime | None
+    """Until then two secrets sign."""
+    secret: Annotated[str, Field(examples=["whsec_..."])]
+    url: str
+
+
+class WebhookEndpointUpdate(Model):
+    """What is to change; fields that are left out stay as they are."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    cloud_events: bool | None = None
+    """Send the headers of a CloudEvent (`ce-id`, `ce-type`, ...), too."""
+    description: Annotated[str | None, Field(max_length=255)] = None
+    enabled: bool | None = None
+    event_types: Annotated[
+        list[
+            Literal[
+                "job.created",
+                "job.started",
+                "job.cancelling",
+                "job.succeeded",
+                "job.failed",
+                "job.cancelled",
+                "job.retried",
+            ]
+        ]
+        | None,
+        Field(max_length=7, min_length=1),
+    ] = None
+    """`null`: all types."""
+    url: Annotated[
+        str | None,
+        Field(
+            examples=["https://hooks.example.com/orthokv"],
+            max_length=2048,
+            min_length=1,
+        ),
+    ] = None
+    """https, port 443, a public host."""
+
+
 class CompressSpec(Model):
     """What a job of kind `compress` was asked for."""
 
@@ -577,12 +837,15 @@ class Job(Model):
     attempt: int
     cancel_requested_at: AwareDatetime | None
     created_at: AwareDatetime
+    deadline_at: AwareDatetime | None = None
+    """When the job's time is up, once it has begun."""
     error: JobError | None
     finished_at: AwareDatetime | None
     gpu_class: str
     id: str
     kind: Literal["compress", "checkpoint"]
     links: Links
+    max_runtime_minutes: int | None = None
     metadata: dict[str, str]
     object: Literal["job"] = "job"
     phase: str
@@ -602,6 +865,22 @@ class Job(Model):
 
 class PageJob(Model):
     data: list[Job]
+    first_id: str | None
+    has_more: bool
+    last_id: str | None
+    object: Literal["list"] = "list"
+
+
+class PageWebhookDelivery(Model):
+    data: list[WebhookDelivery]
+    first_id: str | None
+    has_more: bool
+    last_id: str | None
+    object: Literal["list"] = "list"
+
+
+class PageWebhookEndpoint(Model):
+    data: list[WebhookEndpoint]
     first_id: str | None
     has_more: bool
     last_id: str | None

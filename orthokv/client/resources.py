@@ -33,6 +33,13 @@ class Jobs:
         body = models.JobCreate.model_validate(body)
         return parsed(self._client.send(creation("/v1/jobs", body, idempotency_key)), models.Job)
 
+    def validate(self, body: models.JobCreate | Mapping[str, Any]) -> models.Validation:
+        """Whether a job would be taken, and what it would take: bytes, memory, minutes. Nothing is stored."""
+        body = models.JobCreate.model_validate(body)
+        return parsed(
+            self._client.send(Call("POST", "/v1/jobs:validate", body=dumped(body))), models.Validation
+        )
+
     def get(
         self, job_id: str, *, wait_seconds: float | None = None, if_version: int | None = None
     ) -> models.Job:
@@ -102,6 +109,10 @@ class Jobs:
         """Layers that are fitted and safe."""
         return self._client.get(models.LayerList, f"/v1/jobs/{job_id}/layers")
 
+    def delete(self, job_id: str) -> None:
+        """Delete a job that has ended, with all that it made."""
+        self._client.send(Call("DELETE", f"/v1/jobs/{job_id}"))
+
 
 class Datasets:
     """`client.datasets`"""
@@ -131,6 +142,10 @@ class Datasets:
         """All datasets, newest first."""
         return self._client.items(models.Dataset, "/v1/datasets", {"order": order})
 
+    def delete(self, dataset_id: str) -> None:
+        """Delete a dataset that no open job needs."""
+        self._client.send(Call("DELETE", f"/v1/datasets/{dataset_id}"))
+
 
 class Profiles:
     """`client.profiles`"""
@@ -144,6 +159,10 @@ class Profiles:
     def list(self, *, order: Order = "desc") -> Iterator[models.Profile]:
         """All profiles, newest first."""
         return self._client.items(models.Profile, "/v1/profiles", {"order": order})
+
+    def delete(self, profile_id: str) -> None:
+        """Delete a profile that no open job needs."""
+        self._client.send(Call("DELETE", f"/v1/profiles/{profile_id}"))
 
     def create_checkpoint(
         self,
@@ -185,6 +204,9 @@ class Checkpoints:
         query = {"profile_id": profile_id, "order": order}
         return self._client.items(models.Checkpoint, "/v1/checkpoints", query)
 
+    def delete(self, checkpoint_id: str) -> None:
+        self._client.send(Call("DELETE", f"/v1/checkpoints/{checkpoint_id}"))
+
     def files(self, checkpoint_id: str) -> models.Manifest:
         """The files to download, each with its size and digest."""
         return self._client.get(models.Manifest, f"/v1/checkpoints/{checkpoint_id}/files")
@@ -210,6 +232,10 @@ class Artifacts:
 
     def get(self, artifact_id: str) -> models.Artifact:
         return self._client.get(models.Artifact, f"/v1/artifacts/{artifact_id}")
+
+    def delete(self, artifact_id: str) -> None:
+        """Delete a file that belongs to no profile and no checkpoint."""
+        self._client.send(Call("DELETE", f"/v1/artifacts/{artifact_id}"))
 
     def download(
         self,

@@ -86,6 +86,10 @@ class OrthoKV:
         """What a GET answers."""
         return parsed(self.send(Call("GET", path, query)), model)
 
+    def usage(self) -> models.Usage:
+        """What the key's project uses of its limits."""
+        return self.get(models.Usage, "/v1/usage")
+
     def put(self, path: str, file: Path) -> None:
         """Send a file as the body of a PUT, from its beginning at every attempt."""
         call = Call("PUT", path)
