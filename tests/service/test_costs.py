@@ -367,9 +367,7 @@ def test_past_runs_foretell_a_size_that_was_never_run(
 ) -> None:
     """Four jobs of the demo model, of four sizes; then three of a fifth, of which the middle one is in the band."""
     unseen = {"num_samples": 6, "sequence_length": 96}
-    body = job_body(
-        model=LOCAL, dataset={"source": "self", **unseen}, method={"steps": 5, "refine_steps": 5}
-    )
+    body = job_body(model=LOCAL, dataset={"source": "self", **unseen}, method={"steps": 5, "refine_steps": 5})
     for samples, length in ((2, 64), (8, 128), (4, 96), (12, 64)):
         run_job(database, storage, settings, tmp_path, num_samples=samples, sequence_length=length)
     with TestClient(create_app(settings)) as client:
