@@ -211,8 +211,11 @@ def _parquet_texts(source: TextSource) -> Iterator[str]:
     parquet = _extra("pyarrow.parquet", source)
     number = 0
     try:
+        with parquet.ParquetFile(source.source) as file:
+            described = file.schema_arrow
         # As a dictionary, a value that many rows share is in memory once, as it is in the file.
-        with parquet.ParquetFile(source.source, buffer_size=1 << 20, read_dictionary=[source.field]) as file:
+        shared = [source.field] if source.field in described.names and _is_text(described, source) else None
+        with parquet.ParquetFile(source.source, buffer_size=1 << 20, read_dictionary=shared) as file:
             names = file.schema_arrow.names
             if source.field not in names:
                 _field(source, dict.fromkeys(names), 1)  # raises, with the columns there are
@@ -226,6 +229,11 @@ def _parquet_texts(source: TextSource) -> Iterator[str]:
         raise InvalidDataset(f"{where} is not valid UTF-8 at its byte {error.start}") from error
     except (_extra("pyarrow", source).ArrowException, OSError) as error:
         raise InvalidDataset(f"{source.source} is not sound Parquet: {error}") from error
+
+
+def _is_text(schema: Any, source: TextSource) -> bool:
+    kind = str(schema.field(source.field).type)
+    return kind in ("string", "large_string")
 
 
 def _check_pages(file: Any, source: TextSource) -> None:

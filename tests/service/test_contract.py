@@ -6,6 +6,7 @@ no 5xx, a documented status, type, headers and body, and no way in without the k
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from app.database import SyncDatabase
 from app.jobs.vocabulary import StepName
 from app.storage import Storage
 from tests.fleet import Api
+from tests.server import REPOSITORY
 from tests.service.factories import advance, finish, queue_job
 from tests.service.tenants import ALL, new_key
 from tests.service.test_deletion import store_files
@@ -82,5 +84,12 @@ def test_every_answer_is_the_documents(
         "--header",
         f"Authorization: Bearer {key}",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=500, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "SCHEMATHESIS_HOOKS": "tests.service.contract_hooks",
+    }
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=500, check=False
+    )
     assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2_000:]}\n{api.log()[-5_000:]}"
