@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
 class Body(BaseModel):
@@ -22,6 +23,28 @@ class Body(BaseModel):
         if any(isinstance(text, str) and not is_storable(text) for text in texts):
             raise ValueError("holds a character that is no text: NUL, or half of a surrogate pair")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_own_kind(cls, value: Any, info: ValidationInfo) -> Any:
+        # Pydantic would take false for 0 and "5" for 5, which the document does not.
+        if isinstance(value, bool):
+            raise ValueError("is true or false, which this field never is")
+        if isinstance(value, str) and info.field_name is not None:
+            kinds = _kinds(cls.model_fields[info.field_name].annotation)
+            if str not in kinds and kinds & {int, float}:
+                raise ValueError("is a text and must be a number")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types of an annotation: of each alternative, and below `Annotated`."""
+    parts = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _kinds(parts[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return set().union(*map(_kinds, parts))
+    return {annotation}
 
 
 def is_storable(text: str) -> bool:
@@ -45,6 +68,13 @@ RankMultiple = Annotated[
 
 class Budget(Body):
     """How much may be lost, or kept."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"metric": {"const": "kept"}}, "required": ["metric"]},
+            "then": {"properties": {"value": {"maximum": 1}}},
+        }
+    )
 
     metric: Literal["kept", "layer_error", "perplexity_increase"] = Field(
         description="`kept`: stored bytes of the cache / bytes of the 16-bit cache. "

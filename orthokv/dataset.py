@@ -33,6 +33,7 @@ SUFFIXES |= {".txt": "text", ".md": "text", ".parquet": "parquet"}
 # Builders of ``datasets`` that only parse rows. Others unpickle, decode media or follow links.
 SAFE_BUILDERS = ("json", "parquet", "text", "csv", "arrow")
 MAX_ROW_BYTES = 64 << 20
+MAX_CHUNK_BYTES = 1 << 30  # of a column of a Parquet row group, unpacked
 CHUNK_CHARACTERS = 1 << 16
 # How many times the needed text is read at most, to take the blocks evenly from it.
 SPREAD = 8
@@ -210,10 +211,15 @@ def _parquet_texts(source: TextSource) -> Iterator[str]:
     parquet = _extra("pyarrow.parquet", source)
     number = 0
     try:
-        with parquet.ParquetFile(source.source, buffer_size=1 << 20) as file:
+        with parquet.ParquetFile(source.source) as file:
+            described = file.schema_arrow
+        # As a dictionary, a value that many rows share is in memory once, as it is in the file.
+        shared = [source.field] if source.field in described.names and _is_text(described, source) else None
+        with parquet.ParquetFile(source.source, buffer_size=1 << 20, read_dictionary=shared) as file:
             names = file.schema_arrow.names
             if source.field not in names:
                 _field(source, dict.fromkeys(names), 1)  # raises, with the columns there are
+            _check_pages(file, source)
             for batch in file.iter_batches(batch_size=64, columns=[source.field]):
                 for cell in batch.column(0):
                     number += 1
@@ -223,6 +229,30 @@ def _parquet_texts(source: TextSource) -> Iterator[str]:
         raise InvalidDataset(f"{where} is not valid UTF-8 at its byte {error.start}") from error
     except (_extra("pyarrow", source).ArrowException, OSError) as error:
         raise InvalidDataset(f"{source.source} is not sound Parquet: {error}") from error
+
+
+def _is_text(schema: Any, source: TextSource) -> bool:
+    kind = str(schema.field(source.field).type)
+    return kind in ("string", "large_string")
+
+
+def _check_pages(file: Any, source: TextSource) -> None:
+    """Refuse a file whose column unpacks to far more than a row group may have, before any of it is unpacked.
+
+    The footer states the size of each column chunk; pages are unpacked one by one and hold no more than their chunk.
+    """
+    metadata = file.metadata
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for index in range(row_group.num_columns):
+            column = row_group.column(index)
+            if column.path_in_schema.split(".")[0] != source.field:
+                continue
+            if column.total_uncompressed_size > MAX_CHUNK_BYTES:
+                raise InvalidDataset(
+                    f"row group {group + 1} of {source.source} unpacks to {column.total_uncompressed_size} bytes of "
+                    f"{source.field!r}; at most {MAX_CHUNK_BYTES} are read at once: write smaller row groups"
+                )
 
 
 def _hub_texts(source: TextSource) -> Iterator[str]:

@@ -95,6 +95,7 @@ class PrivatePostgres:
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self._account: dict[str, Any] = {}
+        self._command: list[str] = []
         self.conninfo = _conninfo(self._port, "postgres")
         self.url = f"postgresql://postgres@127.0.0.1:{self._port}/postgres"
 
@@ -113,7 +114,7 @@ class PrivatePostgres:
             self._account |= {"user": account.pw_uid, "group": account.pw_gid}
         data = folder / "data"
         options = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "fsync": "off"}
-        self._command = [binaries / "postgres", "-D", data, "-p", str(self._port)]
+        self._command = [str(binaries / "postgres"), "-D", str(data), "-p", str(self._port)]
         self._command += [f"-c{name}={value}" for name, value in options.items()]
         made = subprocess.run(
             [binaries / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "-E", "UTF8", "--no-sync"],

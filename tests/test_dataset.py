@@ -172,6 +172,29 @@ def test_bad_plain_text_is_refused(tmp_path: Path, content: bytes, message: str)
         list(read_texts(TextSource(str(path))))
 
 
+def test_parquet_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "MAX_CHUNK_BYTES", 1_000_000)
+    path = tmp_path / "bomb.parquet"
+    column = pyarrow.table({"text": ["a" * 400_000, "b" * 400_000, "c" * 400_000], "other": ["x"] * 3})
+    pyarrow.parquet.write_table(column, path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 10_000
+    message = r"row group 1 of .* unpacks to 12\d+ bytes of 'text'; at most 1000000 are read at once"
+    with pytest.raises(InvalidDataset, match=message):
+        next(read_texts(TextSource(str(path))))
+    assert list(read_texts(TextSource(str(path), field="other"))) == ["x"] * 3
+
+
+def test_a_value_that_many_rows_share_is_unpacked_once(tmp_path: Path) -> None:
+    path = tmp_path / "shared.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a" * 400_000] * 2_000}), path)
+    before = pyarrow.default_memory_pool().max_memory()
+    texts = read_texts(TextSource(str(path)))
+    assert sum(1 for _ in zip(range(640), texts, strict=False)) == 640
+    assert pyarrow.default_memory_pool().max_memory() - before < 64 * 400_000 / 4
+
+
 def test_bad_parquet_is_refused(tmp_path: Path) -> None:
     def read(path: Path) -> list[str]:
         return list(read_texts(TextSource(str(path))))

@@ -26,7 +26,7 @@ DatasetId = Annotated[str, Path(pattern=id_pattern("ds"))]
 
 _RAW_BODY = {
     "requestBody": {
-        "required": True,
+        "required": False,  # no body is an upload of no bytes
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }

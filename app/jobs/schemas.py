@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from app.ids import id_pattern
 from app.jobs.models import Job as JobRow
@@ -28,6 +28,15 @@ class ModelRef(Body):
 
 class TextRef(Body):
     """A text: an uploaded dataset, or what the model writes itself."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["id"], "properties": {"id": {"type": "string"}, "source": {"type": "null"}}},
+                {"required": ["source"], "properties": {"source": {"const": "self"}, "id": {"type": "null"}}},
+            ]
+        }
+    )
 
     id: Annotated[str, Field(pattern=id_pattern("ds"))] | None = None
     source: Literal["self"] | None = Field(None, description="`self`: the model samples its own text.")
@@ -94,6 +103,18 @@ class Method(Body):
 
 class JobCreate(Body):
     """A model, a dataset and an error budget."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": {"id": "org/name"},
+                    "dataset": {"source": "self", "num_samples": 16, "sequence_length": 512},
+                    "budget": {"metric": "kept", "value": 0.25},
+                }
+            ]
+        }
+    )
 
     model: ModelRef
     dataset: DatasetRef
