@@ -348,15 +348,27 @@ class Quota(Model):
     used: int
 
 
-class TextRef(Model):
+class TextRef1(Model):
     """A text: an uploaded dataset, or what the model writes itself."""
 
     model_config = ConfigDict(
         extra="forbid",
     )
     field: Annotated[str, Field(max_length=128, min_length=1)] = "text"
-    id: Annotated[str | None, Field(pattern="^ds_[0123456789abcdefghjkmnpqrstvwxyz]{26}$")] = None
+    id: Annotated[str, Field(pattern="^ds_[0123456789abcdefghjkmnpqrstvwxyz]{26}$")]
     source: Literal["self"] | None = None
+    """`self`: the model samples its own text."""
+
+
+class TextRef2(Model):
+    """A text: an uploaded dataset, or what the model writes itself."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    field: Annotated[str, Field(max_length=128, min_length=1)] = "text"
+    id: Annotated[None, Field(None)] = None
+    source: Literal["self"] = "self"
     """`self`: the model samples its own text."""
 
 
@@ -512,19 +524,35 @@ class Dataset(Model):
     """Present until the dataset is ready."""
 
 
-class DatasetRef(Model):
+class DatasetRef1(Model):
     """Which text to calibrate on, and how much of it."""
 
     model_config = ConfigDict(
         extra="forbid",
     )
-    also: Annotated[list[TextRef], Field(max_length=7, validate_default=True)] = []
+    also: Annotated[list[TextRef1 | TextRef2], Field(max_length=7, validate_default=True)] = []
     """Other texts, mixed in so that all have equal parts of the samples."""
     field: Annotated[str, Field(max_length=128, min_length=1)] = "text"
-    id: Annotated[str | None, Field(pattern="^ds_[0123456789abcdefghjkmnpqrstvwxyz]{26}$")] = None
+    id: Annotated[str, Field(pattern="^ds_[0123456789abcdefghjkmnpqrstvwxyz]{26}$")]
     num_samples: Annotated[int, Field(ge=1, le=65536)] = 64
     sequence_length: Annotated[int, Field(ge=2, le=131072)] = 1024
     source: Literal["self"] | None = None
+    """`self`: the model samples its own text."""
+
+
+class DatasetRef2(Model):
+    """Which text to calibrate on, and how much of it."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+    )
+    also: Annotated[list[TextRef1 | TextRef2], Field(max_length=7, validate_default=True)] = []
+    """Other texts, mixed in so that all have equal parts of the samples."""
+    field: Annotated[str, Field(max_length=128, min_length=1)] = "text"
+    id: Annotated[None, Field(None)] = None
+    num_samples: Annotated[int, Field(ge=1, le=65536)] = 64
+    sequence_length: Annotated[int, Field(ge=2, le=131072)] = 1024
+    source: Literal["self"] = "self"
     """`self`: the model samples its own text."""
 
 
@@ -558,7 +586,8 @@ class JobCreate(Model):
         extra="forbid",
     )
     budget: Budget
-    dataset: DatasetRef
+    dataset: DatasetRef1 | DatasetRef2
+    """Which text to calibrate on, and how much of it."""
     form: Literal["adapter", "full"] = "adapter"
     """`adapter`: bases only. `full`: with the base model's own files, loadable by path."""
     gpu_class: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]{0,31}$")] = "default"
@@ -821,7 +850,8 @@ class CompressSpec(Model):
     """What a job of kind `compress` was asked for."""
 
     budget: Budget
-    dataset: DatasetRef
+    dataset: DatasetRef1 | DatasetRef2
+    """Which text to calibrate on, and how much of it."""
     form: Literal["adapter", "full"]
     """`adapter`: bases only. `full`: with the base model's own files, loadable by path."""
     method: Method
