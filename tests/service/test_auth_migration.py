@@ -133,7 +133,7 @@ def test_every_row_goes_to_the_default_project(database: SyncDatabase) -> None:
         statement = text(f"SELECT project_id FROM {table}")
         owner = database.read(lambda session, statement=statement: session.execute(statement).scalar_one())
         assert owner == DEFAULT_PROJECT_ID, table
-    command.downgrade(alembic_config(url_of(database)), "-1")
+    command.downgrade(alembic_config(url_of(database)), "0002")
     assert database.read(count) == dict.fromkeys(ROWS, 1)
 
 
