@@ -31,7 +31,12 @@ def _hub_url() -> str:
 class Settings(BaseSettings):
     """Everything an operator may set. A data folder alone is a complete configuration."""
 
-    model_config = SettingsConfigDict(env_prefix="ORTHOKV_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="ORTHOKV_",
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,  # a value may be a secret
+    )
 
     data_dir: Path = Path("orthokv-data")
     database_url: str = ""

@@ -45,7 +45,8 @@ def settings_of(environment: dict[str, str]) -> Settings:
             continue
         field = name.removeprefix("ORTHOKV_").lower()
         assert field in Settings.model_fields, f"{name} is no setting"
-        value = re.sub(r"\$\{(\w+)(:[?-])?\}", "x", value)
+        value = re.sub(r"\$\{\w+:-\}", "", value)  # may stay empty
+        value = re.sub(r"\$\{(\w+)(:\?)?\}", "x", value)
         told[field] = json.loads(value) if value.startswith(("[", "{")) else value
     return Settings.model_validate(told)
 

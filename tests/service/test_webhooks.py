@@ -759,13 +759,13 @@ class TestSealing:
         )
         assert receiver.requests == []
 
-    @pytest.mark.parametrize("value", ["short", "é" * 44, Fernet.generate_key().decode() + ",x"])
+    @pytest.mark.parametrize("value", ["canary-short", "é" * 44, Fernet.generate_key().decode() + ",x"])
     def test_what_is_no_key_is_refused_without_repeating_it(self, value: str) -> None:
         with pytest.raises(ValidationError) as refusal:
-            Settings(secret_keys=SecretStr(value))
+            Settings.model_validate({"secret_keys": value})
         (error,) = refusal.value.errors(include_input=False, include_url=False)
         assert "Fernet" in error["msg"]
-        assert value not in str(error["msg"])
+        assert value not in str(refusal.value)
 
 
 def test_a_body_is_sent_byte_for_byte_as_it_is_stored(
