@@ -76,6 +76,35 @@ def test_submit_wait_and_download(server: Server, tmp_path: Path) -> None:
     ]
 
 
+def test_validate_says_what_a_job_would_take_and_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    before = server.get("/v1/usage")
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    options = (
+        "--model",
+        str(REPOSITORY / "demo" / "demo-llama-3m"),
+        "--dataset",
+        str(text),
+        "--kept",
+        "0.25",
+    )
+    done = orthokv(server, "validate", *options)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("estimate: ")
+    assert "GPU memory 0." in done.stdout
+    assert server.get("/v1/usage") == before
+    refused = orthokv(server, "validate", *options[:3], "self", *options[4:], "--model", str(tmp_path))
+    assert refused.exit_code == 2
+    assert "The model's folder has no config.json" in refused.output
+    assert server.get("/v1/usage") == before
+
+
+def test_submit_prints_the_estimate_beside_the_id(server: Server) -> None:
+    sent = submit(server, "--wait")
+    assert sent.stderr.startswith("estimate: unknown")
+    assert sent.stdout.startswith("job_")
+
+
 def test_a_download_resumes_and_a_damaged_one_is_not_kept(server: Server, tmp_path: Path) -> None:
     job_id = submit(server, "--wait").stdout.splitlines()[0]
     found = server.job(job_id)["result"]["checkpoint_id"]

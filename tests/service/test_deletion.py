@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hashlib
+import os
 import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -31,7 +34,7 @@ from app.jobs.vocabulary import JobErrorCode, StepName
 from app.main import create_app
 from app.models import metadata
 from app.settings import Settings
-from app.storage import Storage, open_storage
+from app.storage import Storage, StorageError, open_storage
 from tests.s3 import Bucket
 from tests.service.factories import (
     POLICY,
@@ -592,3 +595,20 @@ def test_creating_and_deleting_at_once_end_in_one_order(client: TestClient, data
         for thread in threads:
             thread.join()
         assert (answers["create"], answers["delete"]) in ((201, 409), (404, 204))
+
+
+def test_a_download_under_way_ends_or_breaks_off_when_its_bytes_go(storage: Storage, tmp_path: Path) -> None:
+    """Without the grace of the sweep: the rest of the file, or an error of the store, and nothing else."""
+    source = tmp_path / "large"
+    source.write_bytes(os.urandom(6_000_000))
+    storage.put_file("jobs/a/b/1/large", source)
+
+    async def read() -> bytes:
+        stream = storage.read("jobs/a/b/1/large", 0, 6_000_000)
+        got = await anext(stream)
+        storage.delete(["jobs/a/b/1/large"])
+        return got + b"".join([chunk async for chunk in stream])
+
+    with contextlib.suppress(StorageError):
+        assert asyncio.run(read()) == source.read_bytes()
+    assert asyncio.run(storage.size("jobs/a/b/1/large")) is None
