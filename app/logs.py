@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 
@@ -12,6 +13,22 @@ from app.auth.keys import redact
 
 def _without_keys(_logger: object, _method: str, line: Any) -> str:
     return redact(line)
+
+
+class _Enduring:
+    """A stream that loses what it cannot write: a full disk under the log must not end a worker or fail a request."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def configure() -> None:
@@ -27,6 +44,6 @@ def configure() -> None:
             renderer,
             _without_keys,
         ],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Enduring(sys.stderr))),
         cache_logger_on_first_use=True,
     )
