@@ -6,9 +6,10 @@ and with traces on `trace_id` and `span_id`. Libraries that log by `logging` com
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from typing import Any
+from typing import Any, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor
@@ -27,6 +28,22 @@ def _with_trace(_logger: object, _method: str, event: EventDict) -> EventDict:
     return event
 
 
+class _Enduring:
+    """A stream that loses what it cannot write: a full disk under the log must not end a worker or fail a request."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 def configure() -> None:
     renderer: Processor = (
         structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
@@ -40,7 +57,7 @@ def configure() -> None:
     ]
     structlog.configure(
         processors=[*about, renderer, _without_keys],
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Enduring(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)

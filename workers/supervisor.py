@@ -7,11 +7,13 @@ in hand is finished if time allows, the lease is released, and the step waits fo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import socket
 import threading
+import time
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -49,6 +51,7 @@ class Supervisor:
         self._storage = open_storage(settings)
         self._wake = WakeListener(settings.wake_file)
         self._stopping = False
+        self._reap_at = time.monotonic() + settings.reaper_seconds
         self._idle = threading.Event()
         self._attempt: Attempt | None = None
         self._listener = self._make_listener()
@@ -65,6 +68,7 @@ class Supervisor:
         while not self._stopping:
             lease = self._claim()
             if lease is None:
+                self._reap()
                 self._idle.set()
                 if not self._stopping:
                     self._wake.wait(self._settings.idle_poll_seconds)
@@ -124,6 +128,16 @@ class Supervisor:
         if lease is not None:
             failpoints.hit("claim.committed")
         return lease
+
+    def _reap(self) -> None:
+        """Now and then return lost leases: the fleet goes on while no API, with its reaper, is up."""
+        if time.monotonic() < self._reap_at:
+            return
+        self._reap_at = time.monotonic() + self._settings.reaper_seconds
+        policy = RetryPolicy(self._settings.max_failures, self._settings.retry_backoff_seconds)
+        with contextlib.suppress(SQLAlchemyError):  # the next round tries again
+            if count := self._database.write(return_lost, policy):
+                log.info("worker.returned_leases", count=count)
 
     def _pass_hint_on(self) -> None:
         if self._relay is None:
