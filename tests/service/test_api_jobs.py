@@ -363,12 +363,12 @@ class TestEvents:
     def test_streams_are_limited_and_freed(self, client: TestClient, database: SyncDatabase) -> None:
         from app.events.routes import StreamSlots
 
-        client.app.state.streams = StreamSlots(1)  # type: ignore[attr-defined]
+        client.app.state.streams = StreamSlots(1, 1)  # type: ignore[attr-defined]
         job_id = post_job(client)["id"]
         complete(database, job_id)
         for _ in range(3):
             assert stream(client, job_id)
-        client.app.state.streams = StreamSlots(0)  # type: ignore[attr-defined]
+        client.app.state.streams = StreamSlots(0, 1)  # type: ignore[attr-defined]
         response = client.get(f"/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream"})
         assert (response.status_code, response.json()["code"]) == (503, "unavailable")
 

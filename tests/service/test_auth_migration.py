@@ -161,5 +161,5 @@ def test_tenants_are_not_thrown_together(database: SyncDatabase) -> None:
     other = f"INSERT INTO project (id, name, created_at) VALUES ('proj_2', 'b', '{T}')"
     database.write(lambda session: session.execute(text(other)))
     with pytest.raises(RuntimeError, match="other projects than 'default' exist"):
-        command.downgrade(alembic_config(url_of(database)), "-1")
+        command.downgrade(alembic_config(url_of(database)), "0002")
     assert database.read(count) == dict.fromkeys(ROWS, 1)
