@@ -368,7 +368,7 @@ class TestEvents:
         complete(database, job_id)
         for _ in range(3):
             assert stream(client, job_id)
-        client.app.state.streams = StreamSlots(0, 0)  # type: ignore[attr-defined]
+        client.app.state.streams = StreamSlots(0, 1)  # type: ignore[attr-defined]
         response = client.get(f"/v1/jobs/{job_id}/events", headers={"Accept": "text/event-stream"})
         assert (response.status_code, response.json()["code"]) == (503, "unavailable")
 
