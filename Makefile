@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-crash chaos check bench-quality bench-ablation bench-download format openapi client table clean
+.PHONY: help install demo test test-crash test-mlflow chaos check bench-quality bench-ablation bench-download format openapi client table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test     run the tests, on SQLite and on Postgres"
 	@echo "make test-crash   run the tests that kill workers, servers and brokers"
 	@echo "make chaos    ten minutes of random faults, then the reckoning; ARGS=\"--minutes 30 --seed 7 ...\""
+	@echo "make test-mlflow  run the tests against a real MLflow server (installs one)"
 	@echo "make check    lint, types, import rules, OpenAPI, support table, migrations, images and manifests"
 	@echo "make bench-quality   every method on the bench models: JSON, tables, plots (needs ../shared; hours on a CPU)"
 	@echo "make bench-ablation  what each ingredient of the fit is worth, on the same model"
@@ -33,13 +34,24 @@ demo: $(STAMP)
 	$(BIN)/python -m demo.run
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not crash"
+	$(BIN)/python -m pytest -m "not crash and not mlflow"
 
 test-crash: $(STAMP)
 	$(BIN)/python -m pytest -m crash
 
 chaos: $(STAMP)
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+# The whole of MLflow, in an environment of its own: it allows only older pyarrow and pandas than ours.
+MLFLOW_SERVER := $(VENV)/mlflow-server/bin/mlflow
+$(MLFLOW_SERVER): $(STAMP)
+	$(PYTHON) -m venv $(VENV)/mlflow-server
+	$(VENV)/mlflow-server/bin/pip install --quiet --disable-pip-version-check "mlflow==3.17.2"
+	@touch $@
+
+test-mlflow: $(MLFLOW_SERVER)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,mlflow]"
+	$(BIN)/python -m pytest -m mlflow
 
 check: $(STAMP)
 	$(BIN)/ruff check .

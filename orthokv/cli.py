@@ -492,6 +492,47 @@ def inspect(
             _print_quality(described["measured"])
 
 
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="owner/name on the hub.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private; an existing one must be so.")
+    ] = False,
+    revision: Annotated[str, typer.Option(help="The branch; made where it is missing.")] = "main",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Verify and list what would be sent; asks the hub nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a checkpoint with its card on the hub, in one commit. The token is HF_TOKEN's, or that of `hf auth login`."""
+    from orthokv.hub import prepare, upload
+
+    prepared = prepare(checkpoint, repo_id)
+    commit = None if dry_run else upload(prepared, private=private, revision=revision)
+    if as_json:
+        _print_json(
+            {
+                "repo_id": repo_id,
+                "revision": revision,
+                "commit": None if commit is None else commit.commit,
+                "url": None if commit is None else commit.url,
+                "files": prepared.sizes,
+            }
+        )
+        return
+    for name, size in prepared.sizes.items():
+        out_console.print(f"{size:>14}  {name}", highlight=False, soft_wrap=True)
+    total = f"{len(prepared.sizes)} files, {sum(prepared.sizes.values())} bytes"
+    if commit is None:
+        out_console.print(
+            f"dry run: nothing was sent; {total} for {repo_id}", highlight=False, soft_wrap=True
+        )
+        return
+    out_console.print(f"pushed {total} to {repo_id}: commit {commit.commit}", highlight=False, soft_wrap=True)
+    out_console.print(commit.url, highlight=False, soft_wrap=True)
+
+
 # ------------------------------------------------------------------------------------- shared by commands
 
 

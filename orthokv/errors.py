@@ -72,6 +72,12 @@ class StorageError(OrthoKVError):
     code = "storage_error"
 
 
+class PushFailed(OrthoKVError):
+    """The hub refused a checkpoint, or cannot be reached."""
+
+    code = "push_failed"
+
+
 class BudgetUnreachable(OrthoKVError):
     """No plan meets the budget.
 

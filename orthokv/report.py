@@ -29,8 +29,10 @@ _FILES = {
 }
 
 
-def model_card(config: dict[str, Any]) -> str:
+def model_card(config: dict[str, Any], *, repo_id: str | None = None) -> str:
     """The README of a checkpoint from its ``orthokv.json``: Markdown with the hub's YAML front matter.
+
+    ``repo_id`` is the hub repository that the card is for, None for a folder.
 
     Every figure comes from ``config``; what was not measured is said to be so. Folders of the machine that made the
     checkpoint are not published: a local base model or data set appears by its last name only.
@@ -38,7 +40,7 @@ def model_card(config: dict[str, Any]) -> str:
     name = _display_name(config["base_model"]["id"], hub=_hub_id(config) is not None)
     cache = config["cache"]
     sections = [
-        _front_matter(config),
+        _front_matter(config, published=repo_id is not None),
         f"# KV cache of {_code(name)} at {percent(cache['kept'])}",
         f"Low-rank bases that keep the KV cache of {_code(name)} in {percent(cache['kept'])} of its 16-bit bytes; "
         "made with OrthoKV. The model's weights are unchanged.",
@@ -48,13 +50,15 @@ def model_card(config: dict[str, Any]) -> str:
         f"Counted on a live cache with 16-bit latents: **{_bytes(cache['bytes_per_token'])} bytes per token**, "
         f"uncompressed {_bytes(cache['bytes_per_token_dense'])}; {percent(cache['kept'])} kept.",
         "## Load",
-        *_load(config),
+        *_load(config, repo_id or "path/to/this/folder"),
         "## Ranks",
         *_rank_table(config),
         "## How it was made",
         _origin(config),
         "## Limits",
         _limits(config),
+        "## Licence",
+        _licence(config, name),
         "## Files",
         _files(config),
     ]
@@ -87,10 +91,13 @@ def _bytes(count: float) -> str:
     return f"{count:.1f}".removesuffix(".0")
 
 
-def _front_matter(config: dict[str, Any]) -> str:
+def _front_matter(config: dict[str, Any], *, published: bool) -> str:
     lines = ["---", "library_name: transformers"]
     if (base := _hub_id(config)) is not None:
         lines.append(f"base_model: {base if '/' in base else json.dumps(base)}")
+        if published:
+            # Without it the hub guesses a finetune: the weights are unchanged.
+            lines.append(f"base_model_relation: {'quantized' if config['form'] == 'full' else 'adapter'}")
     return "\n".join([*lines, "tags: [kv-cache, orthokv, low-rank]", "---"])
 
 
@@ -137,13 +144,14 @@ def _measured_on(config: dict[str, Any], measured: dict[str, Any]) -> list[str]:
     return [f"Measured on {'; '.join(parts)}."] if parts else []
 
 
-def _load(config: dict[str, Any]) -> list[str]:
+def _load(config: dict[str, Any], place: str) -> list[str]:
+    here = json.dumps(place)
     if config["form"] == "full":
         code = [
             "import orthokv",
             "from transformers import AutoModelForCausalLM",
             "",
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+            f"model = AutoModelForCausalLM.from_pretrained({here})",
         ]
         return [
             "The base model's files are included; importing `orthokv` is what teaches `transformers` the format.",
@@ -157,7 +165,7 @@ def _load(config: dict[str, Any]) -> list[str]:
         "from transformers import AutoModelForCausalLM",
         "",
         f"model = AutoModelForCausalLM.from_pretrained({where}{revision})",
-        'orthokv.attach(model, "path/to/this/folder")',
+        f"orthokv.attach(model, {here})",
     ]
     return ["\n".join(["```python", *code, "```"]), "`orthokv.detach(model)` takes it off again."]
 
@@ -250,6 +258,28 @@ def _limits(config: dict[str, Any]) -> str:
             "decoding is not expected to be faster."
         )
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _licence(config: dict[str, Any], name: str) -> str:
+    included = " and to its files, which are included" if config["form"] == "full" else ""
+    return (
+        f"The bases were computed from the weights of {_code(name)}: its licence and terms of use apply to them{included}. "
+        "Those of the calibration text may, too."
+    )
+
+
+def without_paths(described: dict[str, Any]) -> dict[str, Any]:
+    """A configuration or profile whose base model and texts, where they are local files, have their last name only."""
+    shown = dict(described)
+    for key in ("base_model", "model"):
+        if key in shown:
+            hub = _hub_id({"base_model": shown[key]}) is not None
+            shown[key] = {**shown[key], "id": _display_name(str(shown[key]["id"]), hub=hub)}
+    if "source" in (shown.get("dataset") or {}):
+        shown["dataset"] = {**shown["dataset"], "source": _data_name(str(shown["dataset"]["source"]))}
+    if isinstance(shown.get("measured"), dict):
+        shown["measured"] = without_paths(shown["measured"])
+    return shown
 
 
 def _files(config: dict[str, Any]) -> str:

@@ -288,7 +288,7 @@ def test_names_from_outside_stay_inert(config: dict[str, Any]) -> None:
     dataset = {**config["dataset"], "source": evil}
     card = model_card({**config, "dataset": dataset, "base_model": {"id": evil, "revision": None}})
     assert "\n# Hello" not in card
-    assert len(re.findall(r"^#+ ", card, re.MULTILINE)) == 8
+    assert len(re.findall(r"^#+ ", card, re.MULTILINE)) == 9
     for line in card.splitlines():
         if "click" in line and line.startswith("|"):
             assert line.count("|") == 3
