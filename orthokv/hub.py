@@ -18,9 +18,10 @@ import httpx2
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub import errors as hub
 
-from orthokv.checkpoint import CARD, CONFIG, TENSORS, read_checkpoint
+from orthokv.checkpoint import read_checkpoint
 from orthokv.digests import SUMS, read_sums, verify_files
 from orthokv.errors import InvalidCheckpoint, InvalidSetting, PushFailed
+from orthokv.naming import CARD, CONFIG, TENSORS
 from orthokv.profile import PROFILE_JSON, PROFILE_TENSORS, read_json
 from orthokv.report import model_card, without_paths
 from orthokv.source import INDEX, SETTINGS, TOKENIZER_FILES, first_line

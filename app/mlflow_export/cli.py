@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import structlog
 import typer
 
-from app.cli import DEFAULT_URL, KeyFile, Url, _connected
-from app.client import Refused, Unreachable
 from app.starting import BAD_INPUT, FAILED, stop
+from orthokv.client import ApiError, Unreachable
+from orthokv.client.cli import KeyFile, Url, connected
+from orthokv.client.protocol import DEFAULT_URL
 
 if TYPE_CHECKING:
     from app.mlflow_export.export import Exporter
@@ -78,7 +79,7 @@ def mlflow_export(
         alias=alias,
         days=days,
     )
-    with _connected(url, api_key_file) as client:
+    with connected(url, api_key_file) as client:
         exporter = Exporter(client, tracking_uri, options)
         while True:
             complete = _look(exporter)
@@ -94,7 +95,7 @@ def _look(exporter: Exporter) -> bool:
     log = structlog.get_logger()
     try:
         swept = exporter.sweep()
-    except Refused as error:
+    except ApiError as error:
         if error.status in (401, 403):
             raise
         log.warning("mlflow.service_refused", status=error.status)

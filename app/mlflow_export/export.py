@@ -7,7 +7,7 @@ moment, started again anywhere, and run twice by mistake. Nothing of the service
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,7 +17,6 @@ from mlflow.entities import Metric, Param, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from app.client import Client
 from app.mlflow_export.record import (
     CHECKPOINT_ID,
     FINISHED_AT,
@@ -29,6 +28,8 @@ from app.mlflow_export.record import (
     model_name,
     record_of,
 )
+from orthokv.client import OrthoKV
+from orthokv.client.protocol import Call
 
 log = structlog.get_logger()
 
@@ -66,7 +67,7 @@ class Swept:
 class Exporter:
     """One project of one service, to one experiment of one MLflow server."""
 
-    def __init__(self, service: Client, tracking_uri: str, options: Options) -> None:
+    def __init__(self, service: OrthoKV, tracking_uri: str, options: Options) -> None:
         self._service, self._options = service, options
         self._mlflow = MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
         self._known: dict[str, int] = {}
@@ -74,7 +75,7 @@ class Exporter:
     def sweep(self) -> Swept:
         """Write every ended job that MLflow does not show as it is now, oldest first.
 
-        Raises `TrackingAway`, and what `Client.call` raises of the listing.
+        Raises `TrackingAway`, and what the client raises of the listing.
         """
         swept = Swept()
         experiment = self._experiment()
@@ -91,12 +92,17 @@ class Exporter:
                 self._known[job_id] = version
         return swept
 
+    def _get(self, path: str, query: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Bodies as they are: what MLflow is told is text, and fields that this version does not know belong to it."""
+        body: dict[str, Any] = self._service.send(Call("GET", path, query or {})).json()
+        return body
+
     def _ended(self) -> Iterator[tuple[str, int]]:
         """Ids and versions of ended jobs, newest first."""
         oldest = datetime.now(UTC) - timedelta(days=self._options.days)
         query: dict[str, Any] = {"limit": PAGE}
         while True:
-            page = self._service.call("GET", "/v1/jobs", params=query)
+            page = self._get("/v1/jobs", query)
             for job in page["data"]:
                 if datetime.fromisoformat(job["created_at"]) < oldest:
                     return
@@ -113,11 +119,11 @@ class Exporter:
             run.data.tags.get(VERSION) == str(version) or run.info.lifecycle_stage == "deleted"
         ):
             return False  # written already, or deleted by somebody who wants it so
-        job = self._service.call("GET", f"/v1/jobs/{job_id}")
+        job = self._get(f"/v1/jobs/{job_id}")
         if job["status"] not in ENDED:  # retried since it was listed
             return False
         manifest = self._manifest(job)
-        layers = self._service.call("GET", f"/v1/jobs/{job_id}/layers")["data"]
+        layers = self._get(f"/v1/jobs/{job_id}/layers")["data"]
         record = record_of(job, layers, manifest=manifest, public_url=self._options.public_url)
         if run is None:
             self._mlflow.create_run(
@@ -198,7 +204,7 @@ class Exporter:
         checkpoint_id = (job["result"] or {}).get("checkpoint_id")
         if checkpoint_id is None:
             return None
-        files = self._service.call("GET", f"/v1/checkpoints/{checkpoint_id}/files")["data"]
+        files = self._get(f"/v1/checkpoints/{checkpoint_id}/files")["data"]
         return next(str(file["sha256"]) for file in files if file["filename"] == "SHA256SUMS")
 
     def _experiment(self) -> str:

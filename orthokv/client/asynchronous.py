@@ -23,6 +23,7 @@ from orthokv.client.resources_async import (
     AsyncJobs,
     AsyncProfiles,
     AsyncProjects,
+    AsyncWebhookEndpoints,
 )
 from orthokv.client.running_async import blocking, chunks, sleep
 
@@ -54,6 +55,7 @@ class AsyncOrthoKV:
         self.artifacts = AsyncArtifacts(self)
         self.api_keys = AsyncApiKeys(self)
         self.projects = AsyncProjects(self)
+        self.webhook_endpoints = AsyncWebhookEndpoints(self)
         self.audit_events = AsyncAuditEvents(self)
 
     async def __aenter__(self) -> Self:

@@ -97,7 +97,7 @@ def _api_key(file: Path | None) -> str | None:
 
 
 @contextmanager
-def _connected(url: str, key_file: Path | None) -> Iterator[OrthoKV]:
+def connected(url: str, key_file: Path | None) -> Iterator[OrthoKV]:
     """A client whose failures become one line and an exit code."""
     try:
         with OrthoKV(url, api_key=_api_key(key_file), retry=Retry(attempts=3)) as client:
@@ -188,7 +188,7 @@ def submit(
         "seed": seed,
         "max_runtime_minutes": max_runtime_minutes,
     }
-    with _connected(url, api_key_file) as client:
+    with connected(url, api_key_file) as client:
         texts = [
             {"source": "self"}
             if name == "self"
@@ -216,7 +216,7 @@ def submit(
 @jobs.command()
 def watch(job_id: JobId, url: Url = DEFAULT_URL, api_key_file: KeyFile = None) -> None:
     """Follow a job to its end."""
-    with _connected(url, api_key_file) as client:
+    with connected(url, api_key_file) as client:
         _follow(client, job_id)
 
 
@@ -228,7 +228,7 @@ def wait(
     api_key_file: KeyFile = None,
 ) -> None:
     """Wait for the end of a job and say what came of it, no more."""
-    with _connected(url, api_key_file) as client:
+    with connected(url, api_key_file) as client:
         _conclude(client.jobs.wait(job_id, timeout_seconds=timeout))
 
 
@@ -241,7 +241,7 @@ def list_jobs(
     api_key_file: KeyFile = None,
 ) -> None:
     """List jobs, newest first."""
-    with _connected(url, api_key_file) as client:
+    with connected(url, api_key_file) as client:
         for job in islice(client.jobs.list(status=status, model=model, page_size=min(limit, 100)), limit):
             budget = job.spec.budget
             # A job from a stored profile names no model.
@@ -256,14 +256,14 @@ def list_jobs(
 @jobs.command()
 def cancel(job_id: JobId, url: Url = DEFAULT_URL, api_key_file: KeyFile = None) -> None:
     """Ask for the end of a job."""
-    with _connected(url, api_key_file) as client:
+    with connected(url, api_key_file) as client:
         typer.echo(client.jobs.cancel(job_id).status)
 
 
 @jobs.command()
 def retry(job_id: JobId, url: Url = DEFAULT_URL, api_key_file: KeyFile = None) -> None:
     """Run a failed or cancelled job again, from what it lacks."""
-    with _connected(url, api_key_file) as client:
+    with connected(url, api_key_file) as client:
         typer.echo(client.jobs.retry(job_id).status)
 
 
@@ -279,7 +279,7 @@ def download(
     """Fetch the checkpoint of a job, its profile, or both. Broken downloads resume; every file is checked."""
     if out is None and profile is None:
         raise _stop("say where to: --out DIR, --profile DIR, or both", BAD_INPUT)
-    with _connected(url, api_key_file) as client:
+    with connected(url, api_key_file) as client:
         result = client.jobs.get(job_id).result or models.JobResult()
         if out is not None:
             checkpoint_id = _made(result.checkpoint_id, "checkpoint", job_id)

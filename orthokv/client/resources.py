@@ -307,6 +307,63 @@ class Projects:
         return parsed(self._client.send(call), models.Project)
 
 
+class WebhookEndpoints:
+    """`client.webhook_endpoints`: needs the scope `webhooks:manage`."""
+
+    def __init__(self, client: OrthoKV) -> None:
+        self._client = client
+
+    def create(self, body: models.WebhookEndpointCreate | Mapping[str, Any]) -> models.WebhookEndpointCreated:
+        """Make an endpoint, whose secret is in this answer and nowhere else."""
+        body = models.WebhookEndpointCreate.model_validate(body)
+        # Not harmless: a repetition would make another endpoint.
+        call = Call("POST", "/v1/webhook_endpoints", body=dumped(body), harmless=False)
+        return parsed(self._client.send(call), models.WebhookEndpointCreated)
+
+    def get(self, endpoint_id: str) -> models.WebhookEndpoint:
+        return self._client.get(models.WebhookEndpoint, f"/v1/webhook_endpoints/{endpoint_id}")
+
+    def list(self, *, order: Order = "desc") -> Iterator[models.WebhookEndpoint]:
+        """All endpoints, newest first."""
+        return self._client.items(models.WebhookEndpoint, "/v1/webhook_endpoints", {"order": order})
+
+    def update(
+        self, endpoint_id: str, body: models.WebhookEndpointUpdate | Mapping[str, Any]
+    ) -> models.WebhookEndpoint:
+        """Change what the body names."""
+        body = models.WebhookEndpointUpdate.model_validate(body)
+        changed = body.model_dump(mode="json", exclude_unset=True)
+        call = Call("PATCH", f"/v1/webhook_endpoints/{endpoint_id}", body=changed)
+        return parsed(self._client.send(call), models.WebhookEndpoint)
+
+    def rotate_secret(
+        self, endpoint_id: str, body: models.WebhookSecretRotate | Mapping[str, Any] | None = None
+    ) -> models.WebhookEndpointCreated:
+        """A new secret, in this answer only; the old one signs beside it for a while."""
+        body = models.WebhookSecretRotate.model_validate(body or {})
+        path = f"/v1/webhook_endpoints/{endpoint_id}/rotate_secret"
+        # Not harmless: a repetition would end the secret that was lost on the way.
+        call = Call("POST", path, body=dumped(body), harmless=False)
+        return parsed(self._client.send(call), models.WebhookEndpointCreated)
+
+    def delete(self, endpoint_id: str) -> None:
+        """Delete an endpoint with its deliveries."""
+        self._client.send(Call("DELETE", f"/v1/webhook_endpoints/{endpoint_id}"))
+
+    def deliveries(
+        self, endpoint_id: str, *, status: str | None = None, order: Order = "desc"
+    ) -> Iterator[models.WebhookDelivery]:
+        """What was sent to an endpoint, or is to be, newest first."""
+        path = f"/v1/webhook_endpoints/{endpoint_id}/deliveries"
+        return self._client.items(models.WebhookDelivery, path, {"status": status, "order": order})
+
+    def redeliver(self, endpoint_id: str, delivery_id: str) -> models.WebhookDelivery:
+        """Send a message again, under the same id."""
+        path = f"/v1/webhook_endpoints/{endpoint_id}/deliveries/{delivery_id}/redeliver"
+        call = Call("POST", path, harmless=False)
+        return parsed(self._client.send(call), models.WebhookDelivery)
+
+
 class AuditEvents:
     """`client.audit_events`: needs the scope `admin`."""
 

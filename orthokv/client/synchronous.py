@@ -23,6 +23,7 @@ from orthokv.client.resources import (
     Jobs,
     Profiles,
     Projects,
+    WebhookEndpoints,
 )
 from orthokv.client.running import blocking, chunks, sleep
 
@@ -54,6 +55,7 @@ class OrthoKV:
         self.artifacts = Artifacts(self)
         self.api_keys = ApiKeys(self)
         self.projects = Projects(self)
+        self.webhook_endpoints = WebhookEndpoints(self)
         self.audit_events = AuditEvents(self)
 
     def __enter__(self) -> Self:

@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.client import Client
+from orthokv.client import OrthoKV
 from tests.mlflow_server import Cut, Tracking, mlflow_url, tags
 from tests.server import REPOSITORY, Server, until
 from tests.service.factories import LAYERS, Script, job_body
@@ -93,7 +93,7 @@ def exporter(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     from app.mlflow_export.export import Exporter, Options
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with Client(server.url) as client:
+    with OrthoKV(server.url) as client:
 
         def make(tracking_uri: str, name: str, **options: Any) -> Any:
             chosen = Options(server.url, experiment=name, model_name=name, **options)
