@@ -33,7 +33,8 @@ StepKey = tuple[str, int]
 class Replay:
     """What the events say happened."""
 
-    status: str = "queued"
+    reached: str = "queued"
+    """The status that they lead to."""
     ends: int = 0
     retries: int = 0
     illegal: list[str] = field(default_factory=list)
@@ -59,10 +60,10 @@ def replay(events: Sequence[Event], step_of_layer: dict[int, StepKey]) -> Replay
         kind, data = event.type, event.data
         key: StepKey = (data.get("step", ""), data.get("ordinal", 0))
         sources, target = _EDGES.get(kind, (None, None))
-        if sources is not None and found.status not in sources:
-            found.illegal.append(f"{kind} (event {event.seq}) while {found.status}")
+        if sources is not None and found.reached not in sources:
+            found.illegal.append(f"{kind} (event {event.seq}) while {found.reached}")
         if target is not None:
-            found.status = target
+            found.reached = target
         match kind:
             case "job.started" | "step.started":
                 running.add(key)
@@ -70,7 +71,7 @@ def replay(events: Sequence[Event], step_of_layer: dict[int, StepKey]) -> Replay
             case "attempt.lost" | "attempt.released":
                 running.discard(key)
                 if not running:
-                    found.status = "queued"
+                    found.reached = "queued"
             case "step.succeeded":
                 running.discard(key)
                 _judge(found, event.seq, key, data, "success")

@@ -42,8 +42,8 @@ class Facts:
 def transitions(facts: Facts) -> Iterator[str]:
     """Only allowed edges, from `queued` to the status of the row."""
     yield from facts.history.illegal
-    if not facts.history.illegal and facts.history.status != facts.job.status:
-        yield f"the row says {facts.job.status}, its events lead to {facts.history.status}"
+    if not facts.history.illegal and facts.history.reached != facts.job.status:
+        yield f"the row says {facts.job.status}, its events lead to {facts.history.reached}"
 
 
 def ends(facts: Facts) -> Iterator[str]:
