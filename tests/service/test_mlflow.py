@@ -188,7 +188,7 @@ def test_wherever_it_breaks_off_the_next_sweep_completes_it_once(
         assert complete(tracking, trial) == wanted, f"broken off after {changes} changes"
         if not cut.broke:
             break
-    assert changes > 10, "it never broke off in the middle"
+    assert changes > 9, "one job alone takes nine requests that change something"
 
 
 def tracking_away() -> type[Exception]:
