@@ -332,3 +332,23 @@ print(sorted(heavy), usage.ru_utime + usage.ru_stime)
         assert heavy == "[]"
         seconds.append(float(spent))
     assert min(seconds) < 0.5
+
+
+def test_every_operation_of_the_document_has_a_method() -> None:
+    """What the API can do, the client can: a route that is added without one is noticed here."""
+    document = json.loads((REPOSITORY / "openapi.json").read_text())
+    operations = {
+        operation["operationId"] for path in document["paths"].values() for operation in path.values()
+    }
+    sent_otherwise = {
+        "datasets.create": "upload",
+        "datasets.complete": "upload",
+        "artifacts.content": "download",
+        "artifacts.head_content": "download",
+        "jobs.events": "events",
+    }
+    client = OrthoKV("http://127.0.0.1:9")
+    for operation in sorted(operations - {"health.live", "health.ready", "usage.get"}):
+        resource, _, name = operation.partition(".")
+        assert callable(getattr(getattr(client, resource), sent_otherwise.get(operation, name))), operation
+    assert callable(client.usage)

@@ -130,7 +130,7 @@ def test_the_runner_tells_a_file_too_large_from_a_full_disk(
     monkeypatch.setitem(runner.STEPS, "resolve", step)
     said = io.StringIO()
     assert runner.run(request("any"), runner.Wire(said)) == 1
-    message = json.loads(said.getvalue())
+    message = json.loads(said.getvalue().splitlines()[-1])
     assert (message["code"], message["retryable"]) == ("storage_error", again)
 
 
