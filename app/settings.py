@@ -102,6 +102,8 @@ class Settings(BaseSettings):
     """Limits of a project that has none of its own; None: no limit."""
     max_running_steps: Annotated[int, Field(ge=1)] | None = None
     max_stored_bytes: Annotated[int, Field(ge=0)] | None = None
+    max_model_bytes: Annotated[int, Field(ge=0)] | None = None
+    """Bytes of weights, as stored, that a model may have. Refused before anything is downloaded or read."""
     max_runtime_minutes: Annotated[int, Field(ge=1)] | None = None
     """How long a job that names no limit of its own may take from its first step on; None: as long as it needs."""
 

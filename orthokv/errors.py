@@ -36,6 +36,12 @@ class UnsafeModel(OrthoKVError):
     code = "model_unsafe_format"
 
 
+class ModelTooLarge(OrthoKVError):
+    """The model's weights have more bytes than may be loaded here."""
+
+    code = "model_too_large"
+
+
 class UnsupportedModel(OrthoKVError):
     """The architecture, or a feature of it, is not supported."""
 

@@ -12,8 +12,9 @@ import errno
 import hashlib
 import json
 import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from orthokv.errors import (
     InvalidSetting,
     ModelGated,
     ModelNotFound,
+    ModelTooLarge,
     StorageError,
     UnsafeModel,
     UnsupportedModel,
@@ -84,15 +86,21 @@ class ModelSource:
 
 
 def resolve_model(
-    model: str, *, revision: str | None = None, cache_dir: str | Path | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    max_weight_bytes: int | None = None,
 ) -> ModelSource:
     """Find ``model`` (a folder, else a hub id), check it and pin it; weights of a hub model are downloaded.
 
     With ``HF_HUB_OFFLINE=1``, or while the hub is down, the cached copy of the revision is used; the answer
-    says which commit that was. ``cache_dir`` None is the hub client's own cache.
+    says which commit that was. ``cache_dir`` None is the hub client's own cache. Weights of more than ``max_weight_bytes``
+    are refused before one of them is downloaded or read.
 
     Raises:
         ModelNotFound, ModelGated: there is no such folder, model or revision, or no way to it.
+        ModelTooLarge: its weights have more than ``max_weight_bytes``.
         UnsafeModel: it would need pickles or code. UnsupportedModel: it is quantised, or an adapter.
         InvalidModel: files are missing, truncated or not JSON. StorageError: the cache cannot be written.
         InvalidSetting: a revision of a local folder.
@@ -103,6 +111,7 @@ def resolve_model(
             raise InvalidSetting(f"revision {revision!r} cannot be chosen for {model}: it is a local folder")
         folder = path.resolve()
         files = _select(model, folder, _local_names(model, folder))
+        _refuse_large(model, {name: (folder / name).stat().st_size for name in files}, max_weight_bytes)
         return ModelSource(model, None, folder, _verify(model, folder, files), files)
     if path.exists():
         raise ModelNotFound(f"{model} is a file, not the folder of a model")
@@ -115,9 +124,28 @@ def resolve_model(
         folder = Path(snapshot_download(model, revision=commit, cache_dir=cache_dir, allow_patterns=small))
         tree = get_cached_repo_tree(model, revision=commit, cache_dir=cache_dir)
     files = _select(model, folder, frozenset(file.path for file in tree if "/" not in file.path))
+    sizes = {file.path: file.size for file in tree if file.path in files}
+    _refuse_large(model, sizes, max_weight_bytes)
+    _refuse_without_room(model, folder, sizes)
     with _hub_errors(model, revision):
         snapshot_download(model, revision=commit, cache_dir=cache_dir, allow_patterns=list(files))
     return ModelSource(model, commit, folder, _verify(model, folder, files), files)
+
+
+def _refuse_large(model: str, sizes: Mapping[str, int], max_weight_bytes: int | None) -> None:
+    found = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
+    if max_weight_bytes is not None and found > max_weight_bytes:
+        raise ModelTooLarge(f"model {model} has {found} bytes of weights; {max_weight_bytes} are allowed")
+
+
+def _refuse_without_room(model: str, folder: Path, sizes: Mapping[str, int]) -> None:
+    """Before hours of downloading: is there room for what is not there yet?"""
+    missing = sum(size for name, size in sizes.items() if not (folder / name).exists())
+    free = shutil.disk_usage(folder).free
+    if missing > free:
+        raise StorageError(
+            f"the download of model {model} needs {missing} bytes; the cache's disk has {free}"
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,9 @@ from orthokv.errors import (
     InvalidSetting,
     ModelGated,
     ModelNotFound,
+    ModelTooLarge,
     OrthoKVError,
+    StorageError,
     UnsafeModel,
     UnsupportedModel,
 )
@@ -437,6 +440,33 @@ def test_hub_model_is_pinned_and_only_its_safe_files_are_requested(
     assert {path.name for path in source.folder.iterdir()} == set(source.files)
     assert load_model(source).name_or_path == "owner/name"
     assert resolve_model(str(source.folder)).digest == source.digest
+
+
+def test_too_large_a_model_is_refused_before_its_weights_are_requested(
+    hub: Hub, files: dict[str, bytes]
+) -> None:
+    hub.repos["owner/name"] = Repo(files)
+    size = len(files["model.safetensors"])
+    with pytest.raises(ModelTooLarge, match=f"{size} bytes of weights; {size - 1} are allowed"):
+        resolve_model("owner/name", max_weight_bytes=size - 1)
+    assert not hub.asked_for(".safetensors")
+    assert resolve_model("owner/name", max_weight_bytes=size).id == "owner/name"
+
+
+def test_a_download_without_room_is_not_begun(
+    hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repos["owner/name"] = Repo(files)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _folder: SimpleNamespace(free=10))
+    with pytest.raises(StorageError, match="the cache's disk has 10"):
+        resolve_model("owner/name")
+    assert not hub.asked_for(".safetensors")
+
+
+def test_too_large_a_folder_is_refused(saved: Path) -> None:
+    size = (saved / "model.safetensors").stat().st_size
+    with pytest.raises(ModelTooLarge):
+        resolve_model(str(saved), max_weight_bytes=size - 1)
 
 
 @pytest.mark.parametrize("revision", [None, "main", "v2", "commit"])

@@ -20,6 +20,7 @@ class _Message(BaseModel):
 class ModelRef(_Message):
     id: str
     revision: str | None
+    max_weight_bytes: int | None = None
 
 
 class DatasetRef(_Message):

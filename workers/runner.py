@@ -145,7 +145,9 @@ class Job:
     def source(self) -> ModelSource:
         """The checked model on disk. It is the only thing that a step fetches: from here on the hub is out of reach."""
         model = self.request["model"]
-        source = resolve_model(model["id"], revision=model["revision"])
+        source = resolve_model(
+            model["id"], revision=model["revision"], max_weight_bytes=model.get("max_weight_bytes")
+        )
         os.environ["HF_HUB_OFFLINE"] = "1"
         hub_constants.HF_HUB_OFFLINE = True  # the client has read the variable when it was imported
         return source

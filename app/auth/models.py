@@ -22,6 +22,7 @@ class Project(Base):
     max_running_steps: Mapped[int | None] = mapped_column(Integer)
     max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
     max_dataset_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    max_model_bytes: Mapped[int | None] = mapped_column(BigInteger)
     max_retention_days: Mapped[int | None] = mapped_column(Integer)
     """How long jobs are kept after their end; None: until somebody deletes them."""
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())

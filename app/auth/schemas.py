@@ -23,6 +23,7 @@ class Limits(Body):
     running_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     stored_bytes: ByteLimit | None = None
     dataset_bytes: ByteLimit | None = None
+    model_bytes: ByteLimit | None = Field(None, description="Weights of the largest model, as stored.")
     retention_days: Annotated[int, Field(ge=1, le=36_500)] | None = Field(
         None, description="Jobs and all that they made are deleted so long after their end. `null`: never."
     )
@@ -57,6 +58,7 @@ class Project(Resource):
             running_steps=row.max_running_steps,
             stored_bytes=row.max_stored_bytes,
             dataset_bytes=row.max_dataset_bytes,
+            model_bytes=row.max_model_bytes,
             retention_days=row.max_retention_days,
         )
         return cls(id=row.id, name=row.name, limits=limits, created_at=row.created_at)

@@ -16,7 +16,8 @@ from app.costs.work import Asked, Shape, flop, group_width
 from app.errors import Problem
 from app.jobs import service as jobs
 from app.jobs.schemas import JobCreate
-from app.jobs.vocabulary import StepName
+from app.jobs.vocabulary import JobErrorCode, StepName
+from app.quotas.service import largest_model
 from app.settings import Settings
 
 _FLOAT = 4
@@ -32,6 +33,10 @@ def validate(
     if isinstance(known, Unfit):
         problems.append(ValidationProblem(code=known.code, detail=str(known)))
         known = Known("nothing")
+    limit = largest_model(session, project_id=principal.project_id, settings=settings)
+    if limit is not None and known.weight_bytes is not None and known.weight_bytes > limit:
+        detail = f"The model has {known.weight_bytes} bytes of weights; the project may use {limit}."
+        problems.append(ValidationProblem(code=JobErrorCode.MODEL_TOO_LARGE, detail=detail))
     estimate = estimate_of(session, body=body, known=known)
     return Validation(valid=not problems, problems=problems, estimate=estimate)
 

@@ -31,4 +31,5 @@ class Usage(Resource):
     running_steps: Quota
     stored_bytes: Quota = Field(description="Uploads and all that jobs have made; not what was deleted.")
     dataset_bytes: int = Field(description="Most that one dataset may have.")
+    model_bytes: int | None = Field(description="Most that a model's weights may have; null: no limit.")
     retention_days: int | None = Field(description="How long jobs are kept after their end; null: for ever.")

@@ -53,6 +53,13 @@ def largest_dataset(session: Session, *, project_id: str, settings: Settings) ->
     return limit
 
 
+def largest_model(session: Session, *, project_id: str, settings: Settings) -> int | None:
+    """Bytes of weights that a model of the project may have; None: any."""
+    project = get_project(session, project_id)
+    assert project is not None, "a principal's project exists"
+    return _or_default(project.max_model_bytes, settings.max_model_bytes)
+
+
 def usage(session: Session, *, project_id: str, settings: Settings) -> Usage:
     """What the project uses and may use."""
     project = get_project(session, project_id)
@@ -73,6 +80,7 @@ def usage(session: Session, *, project_id: str, settings: Settings) -> Usage:
             _or_default(project.max_stored_bytes, settings.max_stored_bytes),
         ),
         dataset_bytes=largest_dataset(session, project_id=project_id, settings=settings),
+        model_bytes=largest_model(session, project_id=project_id, settings=settings),
         retention_days=project.max_retention_days,
     )
 

@@ -188,6 +188,8 @@ class Limits(Model):
         extra="forbid",
     )
     dataset_bytes: Annotated[int | None, Field(ge=0, lt=9223372036854776000)] = None
+    model_bytes: Annotated[int | None, Field(ge=0, lt=9223372036854776000)] = None
+    """Weights of the largest model, as stored."""
     queued_jobs: Annotated[int | None, Field(ge=0, lt=2147483648)] = None
     retention_days: Annotated[int | None, Field(ge=1, le=36500)] = None
     """Jobs and all that they made are deleted so long after their end. `null`: never."""
@@ -385,6 +387,8 @@ class Usage(Model):
 
     dataset_bytes: int
     """Most that one dataset may have."""
+    model_bytes: int | None
+    """Most that a model's weights may have; null: no limit."""
     object: Literal["usage"] = "usage"
     project_id: str
     queued_jobs: Quota

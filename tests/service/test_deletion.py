@@ -485,7 +485,7 @@ def test_room_in_the_store_comes_back(client: TestClient, database: SyncDatabase
 
 
 def test_usage_shows_what_is_used_and_left(client: TestClient, database: SyncDatabase) -> None:
-    limits = Limits(queued_jobs=5, stored_bytes=10, dataset_bytes=7, retention_days=3)
+    limits = Limits(queued_jobs=5, stored_bytes=10, dataset_bytes=7, model_bytes=9, retention_days=3)
     database.write(set_limits, project_id=DEFAULT_PROJECT_ID, limits=limits, principal=local_principal())
     upload(client, b"1234")
     for _ in range(3):
@@ -499,6 +499,7 @@ def test_usage_shows_what_is_used_and_left(client: TestClient, database: SyncDat
         "running_steps": {"used": 1, "limit": None, "left": None},
         "stored_bytes": {"used": 4, "limit": 10, "left": 6},
         "dataset_bytes": 7,
+        "model_bytes": 9,
         "retention_days": 3,
     }
     other = bearer(new_key(database, new_project(database, "tenant")))

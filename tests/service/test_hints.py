@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import socket
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from app.database import SyncDatabase
-from app.jobs.broker import CLOSE_SECONDS, CeleryDispatcher, queue_of
+from app.jobs.broker import CLOSE_SECONDS, CeleryDispatcher, make_celery, queue_of
 from app.jobs.vocabulary import TERMINAL, JobStatus
 from app.main import create_app
 from app.settings import Settings
@@ -187,3 +189,19 @@ def test_a_broker_without_its_library_is_one_sentence() -> None:
     done = python(["celery"], then, ORTHOKV_BROKER_URL=NOBODY)
     assert done.returncode == 2
     assert done.stderr.strip() == "orthokv: ORTHOKV_BROKER_URL needs pip install 'orthokv[broker]'"
+
+
+def test_a_hint_tells_no_more_than_that_there_is_work_and_no_pickle_is_taken(
+    private_redis: PrivateRedis, gpu_class: str
+) -> None:
+    dispatcher = CeleryDispatcher(private_redis.url)
+    dispatcher.hint(gpu_class)
+    with redis.Redis.from_url(private_redis.url) as client:
+        until(lambda: client.llen(f"orthokv:{queue_of(gpu_class)}"), "the hint arrives")
+        message = json.loads(client.lindex(f"orthokv:{queue_of(gpu_class)}", 0))
+    dispatcher.close()
+    assert message["content-type"] == "application/json"
+    assert message["headers"]["argsrepr"] == "()"
+    arguments, options, _ = json.loads(base64.b64decode(message["body"]))
+    assert (arguments, options) == ([], {})
+    assert make_celery(private_redis.url).conf.accept_content == ["json"]

@@ -15,8 +15,10 @@ from app.database import SyncDatabase
 from app.jobs.lease import Lease, claim
 from app.main import create_app
 from app.settings import Settings
+from tests.server import REPOSITORY
 from tests.service.factories import finish, job_body, must_claim, queue_job
 from tests.service.tenants import bearer, new_key, new_project, principal_of
+from workers.orders import load_order
 
 
 def set_limits(database: SyncDatabase, **limits: int) -> None:
@@ -173,3 +175,22 @@ def test_the_largest_dataset_of_a_project(client: TestClient, database: SyncData
     assert client.put(made["upload"]["url"], content=b"12345").status_code == 200
     digest = hashlib.sha256(b"12345").hexdigest()
     assert client.post(f"/v1/datasets/{made['id']}/complete", json={"sha256": digest}).status_code == 200
+
+
+def test_the_largest_model_is_told_to_the_worker(database: SyncDatabase) -> None:
+    set_limits(database, model_bytes=5)
+    queue_job(database)
+    lease = must_claim(database)
+    assert database.read(load_order, lease).model.max_weight_bytes == 5
+
+
+def test_a_model_beyond_the_limit_is_named_before_anybody_pays(
+    client: TestClient, database: SyncDatabase
+) -> None:
+    set_limits(database, model_bytes=5)
+    found = client.post(
+        "/v1/jobs:validate", json=job_body(model={"id": str(REPOSITORY / "demo" / "demo-llama-3m")})
+    ).json()
+    assert not found["valid"]
+    assert [problem["code"] for problem in found["problems"]] == ["model_too_large"]
+    assert client.get("/v1/usage").json()["model_bytes"] == 5
