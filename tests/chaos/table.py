@@ -30,7 +30,10 @@ def rows(reports: list[dict[str, Any]]) -> list[list[str]]:
         table.append([f"`{kind}`", *(str(report["faults"].get(kind, "–")) for report in reports)])
     for kind in again:
         table.append(
-            [f"until claimed again, {kind}: p50 / max (kills)", *(reclaim(report, kind) for report in reports)]
+            [
+                f"until claimed again, {kind}: p50 / max (kills)",
+                *(reclaim(report, kind) for report in reports),
+            ]
         )
     table.append(["processes that ended by themselves", *(str(len(r["unexpected_deaths"])) for r in reports)])
     table.append(["**violations**", *(f"**{len(report['violations'])}**" for report in reports)])
