@@ -100,7 +100,9 @@ class Client(threading.Thread):
         headers = {"Idempotency-Key": key}
         answer = self._send("POST", "/v1/jobs", json=self._bodies[key], headers=headers)
         if answer is not None and answer.json().get("id") != self.said.jobs[key]:
-            self.said.broken.append(f"{key} stood for {self.said.jobs[key]}, now for {answer.text}")
+            self.said.broken.append(
+                f"{key} stood for {self.said.jobs[key]}, now for {answer.json().get('id')}"
+            )
 
     def _cancel(self, job_id: str) -> None:
         answer = self._send("POST", f"/v1/jobs/{job_id}/cancel")

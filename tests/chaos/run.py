@@ -30,7 +30,7 @@ from tests.chaos.reclaim import Watch
 from tests.chaos.world import Plan, World
 
 CLIENTS = 3
-DRAIN_SECONDS = 300.0
+DRAIN_SECONDS = 900.0
 _ALL = timedelta(seconds=-5)
 
 

@@ -151,6 +151,8 @@ class World:
             "ORTHOKV_DRAIN_SECONDS": "1",
             "ORTHOKV_LAYERS_PER_FIT_STEP": "2",
             "ORTHOKV_ORPHAN_SWEEP_SECONDS": "5",
+            # Longer than the clock ever jumps: keys of before a longer jump are forgotten, as documented.
+            "ORTHOKV_IDEMPOTENCY_HOURS": "72",
             "ORTHOKV_AUTH_REQUIRED": "false",
             "ORTHOKV_ALLOW_LOCAL_MODELS": "true",
             "OMP_NUM_THREADS": "1",
