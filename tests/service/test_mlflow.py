@@ -302,7 +302,7 @@ def test_mlflow_away_costs_no_job_anything(server: Server, tracking: Tracking, n
     assert job_id in tracking.runs(name)
 
 
-def test_the_loop_outlives_a_server_that_is_away_and_sees_a_new_job(
+def test_the_loop_outlives_a_service_that_is_away(
     server: Server, tracking: Tracking, done: str, name: str
 ) -> None:
     with subprocess.Popen(
