@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-crash test-mlflow chaos check bench-quality bench-ablation bench-download format openapi client table clean
+.PHONY: help install demo test test-slow test-crash test-mlflow chaos check bench-quality bench-ablation bench-download format openapi client table clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     run the main job end to end on the small model in demo/ (embedded: SQLite, no broker)"
 	@echo "make test     run the tests, on SQLite and on Postgres"
+	@echo "make test-slow    run the tests that take minutes: generated requests over the whole API, a cost model fitted to real jobs"
 	@echo "make test-crash   run the tests that kill workers, servers and brokers"
 	@echo "make chaos    ten minutes of random faults, then the reckoning; ARGS=\"--minutes 30 --seed 7 ...\""
 	@echo "make test-mlflow  run the tests against a real MLflow server (installs one)"
@@ -34,7 +35,10 @@ demo: $(STAMP)
 	$(BIN)/python -m demo.run
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not crash and not mlflow"
+	$(BIN)/python -m pytest -m "not crash and not mlflow and not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not crash and not mlflow"
 
 test-crash: $(STAMP)
 	$(BIN)/python -m pytest -m crash

@@ -38,6 +38,7 @@ CHECKS = (
     "ensure_resource_availability",
     "ignored_auth",
 )
+pytestmark = pytest.mark.slow
 EXAMPLES = 8
 SEED = 20
 
