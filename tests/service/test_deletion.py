@@ -566,13 +566,13 @@ def test_a_download_that_lost_its_file_does_not_end_the_server(
     assert (broken.status_code, broken.json()["code"]) == (500, "internal")
     api = create_app(settings)
     with TestClient(api, raise_server_exceptions=False) as racing:
-        size = api.state.storage.size
+        opened = api.state.storage.open
 
-        async def deleted_meanwhile(key: str) -> int | None:
+        async def deleted_meanwhile(key: str, start: int, end: int) -> Any:
             assert client.delete(f"/v1/jobs/{job['id']}").status_code == 204
-            return await size(key)
+            return await opened(key, start, end)
 
-        api.state.storage.size = deleted_meanwhile
+        api.state.storage.open = deleted_meanwhile
         assert racing.get(f"/v1/artifacts/{artifact}/content").status_code == 404
         assert racing.get("/livez").status_code == 200
 
