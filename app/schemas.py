@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -27,13 +27,16 @@ class Body(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _of_its_own_kind(cls, value: Any, info: ValidationInfo) -> Any:
-        # Pydantic would take false for 0 and "5" for 5, which the document does not.
-        if isinstance(value, bool):
+        # Pydantic would take false for 0, "5" for 5 and 1 for true, which the document does not.
+        if info.field_name is None:
+            return value
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and bool not in kinds:
             raise ValueError("is true or false, which this field never is")
-        if isinstance(value, str) and info.field_name is not None:
-            kinds = _kinds(cls.model_fields[info.field_name].annotation)
-            if str not in kinds and kinds & {int, float}:
-                raise ValueError("is a text and must be a number")
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and kinds <= {bool, NoneType}:
+            raise ValueError("must be true or false")
+        if isinstance(value, str) and str not in kinds and kinds & {int, float}:
+            raise ValueError("is a text and must be a number")
         return value
 
 
