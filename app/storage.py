@@ -282,8 +282,12 @@ async def _read_local(file: BinaryIO, start: int, end: int) -> AsyncIterator[byt
 
 
 async def _received(result: Any) -> AsyncIterator[bytes]:
-    async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
-        yield bytes(chunk)
+    """Raises `StorageError`, also in the middle: an object may go while it is read."""
+    try:
+        async for chunk in result.stream(min_chunk_size=CHUNK_BYTES):
+            yield bytes(chunk)
+    except (BaseError, OSError) as error:
+        raise StorageError(_first_line(error)) from error
 
 
 async def _nothing() -> AsyncIterator[bytes]:

@@ -605,7 +605,9 @@ def test_a_download_under_way_ends_or_breaks_off_when_its_bytes_go(storage: Stor
     storage.put_file("jobs/a/b/1/large", source)
 
     async def read() -> bytes:
-        stream = storage.read("jobs/a/b/1/large", 0, 6_000_000)
+        opened = await storage.open("jobs/a/b/1/large", 0, 6_000_000)
+        assert opened is not None
+        stream = opened.chunks
         got = await anext(stream)
         storage.delete(["jobs/a/b/1/large"])
         return got + b"".join([chunk async for chunk in stream])
