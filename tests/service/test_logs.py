@@ -85,7 +85,13 @@ def said(program: str, folder: Path) -> list[str]:
         inputs={},
     )
     lines: list[str] = []
-    child = Child((sys.executable, "-c", program), request, environment=(), on_line=lines.append)
+    child = Child(
+        (sys.executable, "-c", program),
+        request,
+        environment=(),
+        limits=Limits.of(Settings()),
+        on_line=lines.append,
+    )
     assert child.wait() == 0
     return lines
 
