@@ -12,8 +12,10 @@ import pytest
 
 from app.auth.keys import generate
 from app.ids import new_id
+from app.settings import Settings
 from tests.server import REPOSITORY
 from workers.child import MAX_SAID_CHARACTERS, MAX_SAID_LINES, Child
+from workers.limits import Limits
 from workers.protocol import Budget, ModelRef, Request, RunSettings
 
 
