@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import structlog
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session
 
@@ -111,7 +113,13 @@ def committing(url: str) -> Iterator[None]:
         process.join()
 
 
+def _quiet() -> None:
+    """The service's own functions log in this process; what is measured goes without a line for each job."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+
 def _commit(url: str, stop: Any) -> None:
+    _quiet()
     database = SyncDatabase(url)
 
     def worker(number: int) -> None:
@@ -162,6 +170,7 @@ def claims(url: str, *, seconds: float, interval: float) -> dict[str, Any]:
 def _claim_often(
     url: str, process: int, threads: int, seconds: float, interval: float
 ) -> list[tuple[float, str]]:
+    _quiet()
     database = SyncDatabase(url)
     database.read(lambda session: session.execute(text("select 1")))
     found: list[tuple[float, str]] = []
@@ -199,11 +208,13 @@ async def _streams(load: Load, seconds: float) -> dict[str, Any]:
     before = load.resident_mib()
     opened = [await _open_stream(load, job) for job in running]
     await asyncio.sleep(1.0)
-    busy, cpu = 0, psutil.Process(load.api.process.pid)
+    busy: int | None = None
+    cpu = psutil.Process(load.api.process.pid)
     used = sum(cpu.cpu_times()[:2])
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
-        busy = max(busy, await asyncio.to_thread(_busy_connections, load.database))
+        seen = await asyncio.to_thread(_busy_connections, load.database)
+        busy = seen if busy is None or seen is None else max(busy, seen)
         await asyncio.sleep(0.1)
     share = (sum(cpu.cpu_times()[:2]) - used) / (time.perf_counter() - start)
     memory = load.resident_mib()
@@ -258,10 +269,10 @@ def _send_events(database: SyncDatabase, jobs: list[str], sent: dict[str, float]
         time.sleep(0.01)
 
 
-def _busy_connections(database: SyncDatabase) -> int:
-    """Connections of others that are in a transaction; on SQLite nobody can say."""
+def _busy_connections(database: SyncDatabase) -> int | None:
+    """Connections of others that are in a transaction; on SQLite nobody can say: None."""
     if database.engine.dialect.name != "postgresql":
-        return 0
+        return None
     query = text(
         "select count(*) from pg_stat_activity "
         "where datname = current_database() and pid <> pg_backend_pid() and state <> 'idle'"
@@ -293,6 +304,7 @@ def run(kind: str, *, jobs: int, events: int, queued: int, seconds: float) -> di
             "ORTHOKV_RATE_LIMIT_REQUESTS": "100000000",
             "ORTHOKV_MAX_QUEUED_JOBS": "1000000",
             "ORTHOKV_MAX_EVENT_STREAMS": str(STREAMS + 10),
+            "ORTHOKV_MAX_EVENT_STREAMS_PER_KEY": str(STREAMS + 10),
         }
         (folder / "objects").mkdir()
         load = Load(stack.enter_context(Api(folder / "data", environment)), database, ids)
@@ -324,6 +336,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each measurement")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    _quiet()
     found = {
         "database": given.database,
         "machine": f"{os.cpu_count()} cores, {psutil.virtual_memory().total >> 30} GiB, {platform.platform()}",
