@@ -32,6 +32,7 @@ _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _NAME = re.compile(rf"(?=.{{1,253}}$)(?:{_LABEL}\.)+[a-z](?:[a-z0-9-]{{0,61}}[a-z0-9])?")
 _V4 = re.compile(r"(?:(?:0|[1-9]\d{0,2})\.){3}(?:0|[1-9]\d{0,2})")
 
+_AZURE_HOST_AGENT = "168.63.129.16"  # a public number that every guest there can reach
 _NOT_PUBLIC_V4 = [
     ipaddress.IPv4Network(network)
     for network in (
@@ -39,7 +40,7 @@ _NOT_PUBLIC_V4 = [
         "10.0.0.0/8",
         "100.64.0.0/10",  # carrier-grade NAT, and a cloud's metadata at 100.100.100.200
         "127.0.0.0/8",
-        "168.63.129.16/32",  # Azure's host agent: a public number that every guest there can reach
+        _AZURE_HOST_AGENT,
         "169.254.0.0/16",  # link-local, and most clouds' metadata at 169.254.169.254
         "172.16.0.0/12",
         "192.0.0.0/24",
@@ -101,7 +102,7 @@ def _may_be_named(address: str) -> bool:
     nothing that means "any host" or "many hosts"."""
     parsed = ipaddress.ip_address(address)
     refused = parsed.is_link_local or parsed.is_multicast or parsed.is_unspecified
-    return not refused and address != "168.63.129.16"
+    return not refused and address != _AZURE_HOST_AGENT
 
 
 def resolve(host: str, port: int) -> list[str]:

@@ -109,7 +109,7 @@ class Attempt:
 
     def _work(self) -> Done | Failure:
         try:
-            order = self._database.read(load_order, self._lease)
+            order = self._database.read(load_order, self._lease, self._settings)
             if self._lease.step is StepName.FIT and not order.layers:
                 return Done({}, [])  # the worker before us died between its last layer and its report
             with tracing.span("prepare"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from workers.limits import Excess, Limits, Watchdog
-from workers.protocol import MAX_LINE_BYTES, Error, File, Progress, Request, Result, Usage, parse
+from workers.protocol import MAX_LINE_BYTES, Message, Request, parse
 
 STDERR_TAIL_BYTES = 16_384
 MAX_SAID_LINES = 500
@@ -87,7 +87,7 @@ class Child:
         """The limit for which the child was killed."""
         return self._watchdog.excess
 
-    def messages(self) -> Iterator[Progress | File | Usage | Result | Error]:
+    def messages(self) -> Iterator[Message]:
         """Messages until the child closes its stdout. Raises `ProtocolError`."""
         stdout = self._pipe(self._process.stdout)
         while line := stdout.readline(MAX_LINE_BYTES + 1):

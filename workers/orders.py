@@ -9,13 +9,13 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from app.artifacts.repository import files_of_job
-from app.auth.repository import get_project
 from app.datasets.repository import get_dataset
 from app.jobs import repository
 from app.jobs.lease import Lease, LeaseLost
 from app.jobs.models import Job
 from app.jobs.vocabulary import StepName
 from app.profiles.repository import get_profile
+from app.quotas.service import largest_model
 from app.settings import Settings
 from app.storage import Storage
 from workers.protocol import Budget, DatasetRef, ModelRef, Request, RunSettings
@@ -69,7 +69,7 @@ _READS: dict[StepName, tuple[StepName, ...]] = {
 _NOT_READ = {"profile.png"}
 
 
-def load_order(session: Session, lease: Lease) -> Order:
+def load_order(session: Session, lease: Lease, settings: Settings) -> Order:
     """Read the order of a claimed step."""
     job = repository.get_job(session, lease.job_id)
     if job is None:
@@ -80,12 +80,12 @@ def load_order(session: Session, lease: Lease) -> Order:
     fitted = files_of_job(session, origin.id, *(name for name in reads if name is not StepName.PACKAGE))
     files = fitted | files_of_job(session, job.id, *reads)
     resolved: dict[str, Any] = job.resolved.get("model") or origin.spec["model"]
-    project = get_project(session, job.project_id)
-    assert project is not None, "a job's foreign key keeps its project"
     return Order(
         job_id=job.id,
         model=ModelRef(
-            id=resolved["id"], revision=resolved["revision"], max_weight_bytes=project.max_model_bytes
+            id=resolved["id"],
+            revision=resolved["revision"],
+            max_weight_bytes=largest_model(session, project_id=job.project_id, settings=settings),
         ),
         spec=origin.spec,
         budget=Budget(**job.spec["budget"]),
@@ -140,7 +140,7 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
         step=lease.step,
         job_id=order.job_id,
         workdir=str(workdir),
-        model=order.model.model_copy(update={"max_weight_bytes": _largest_model(order, settings)}),
+        model=order.model,
         dataset=texts,
         settings=RunSettings(
             method=method["type"],
@@ -162,11 +162,6 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
         layers=order.layers,
         inputs={source.filename: str(inputs / source.filename) for source in order.inputs},
     )
-
-
-def _largest_model(order: Order, settings: Settings) -> int | None:
-    own = order.model.max_weight_bytes
-    return settings.max_model_bytes if own is None else own
 
 
 def _origin(session: Session, job: Job) -> Job:

@@ -113,11 +113,11 @@ class Error(_Message):
     best: float | None = None
 
 
-Message = Annotated[Progress | File | Usage | Result | Error, Field(discriminator="type")]
-_messages: TypeAdapter[Progress | File | Usage | Result | Error] = TypeAdapter(Message)
+Message = Progress | File | Usage | Result | Error
+_messages: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
-def parse(line: bytes) -> Progress | File | Usage | Result | Error:
+def parse(line: bytes) -> Message:
     """The message of one line."""
     if len(line) > MAX_LINE_BYTES:
         raise ProtocolError(f"a line of more than {MAX_LINE_BYTES} bytes")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from sqlalchemy.orm import Session
 
 from app.auth import repository, service
+from app.auth.models import ApiKey, Project
 from app.auth.principal import Principal, Scope
 from app.auth.schemas import ApiKeyCreate, ProjectCreate
 from app.database import SyncDatabase
@@ -22,6 +23,8 @@ from app.settings import Settings
 from app.starting import BAD_INPUT, starting, stop
 
 projects = typer.Typer(help="List and delete projects, directly in the database.", no_args_is_help=True)
+Row = TypeVar("Row", ApiKey, Project)
+
 keys = typer.Typer(help="Make, list and revoke API keys, directly in the database.", no_args_is_help=True)
 
 Data = Annotated[
@@ -68,15 +71,11 @@ def list_keys(data: Data = None) -> None:
 
     def read(session: Session) -> list[str]:
         lines: list[str] = []
-        cursor, more = Cursor(limit=100), True
-        while more:
-            rows, more = repository.list_keys(session, cursor, project_id=None)
-            for row in rows:
-                project = repository.get_project(session, row.project_id)
-                assert project is not None, "foreign keys keep a key's project"
-                state = "revoked" if row.revoked_at else f"expires {row.expires_at or 'never'}"
-                lines.append(f"{row.id}  {project.name}  {row.name}  {','.join(row.scopes)}  {state}")
-            cursor = Cursor(after=rows[-1].id if rows else None, limit=100)
+        for row in _every(lambda cursor: repository.list_keys(session, cursor, project_id=None)):
+            project = repository.get_project(session, row.project_id)
+            assert project is not None, "foreign keys keep a key's project"
+            state = "revoked" if row.revoked_at else f"expires {row.expires_at or 'never'}"
+            lines.append(f"{row.id}  {project.name}  {row.name}  {','.join(row.scopes)}  {state}")
         return lines
 
     with _database(_settings(data)) as database:
@@ -91,6 +90,15 @@ def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")], data: Data = No
     with _database(_settings(data)) as database:
         database.write(service.revoke_key, key_id=key_id, principal=principal)
     typer.echo(f"{key_id} revoked")
+
+
+def _every(one_page: Callable[[Cursor], tuple[list[Row], bool]]) -> Iterator[Row]:
+    """The rows of all pages, newest first."""
+    cursor, more = Cursor(limit=100), True
+    while more:
+        rows, more = one_page(cursor)
+        yield from rows
+        cursor = Cursor(after=rows[-1].id if rows else None, limit=100)
 
 
 def _settings(data: Path | None, *, make: bool = False) -> Settings:
@@ -123,13 +131,8 @@ def list_projects(data: Data = None) -> None:
     """List the projects, newest first."""
 
     def read(session: Session) -> list[str]:
-        lines: list[str] = []
-        cursor, more = Cursor(limit=100), True
-        while more:
-            rows, more = repository.list_projects(session, cursor)
-            lines += [f"{row.id}  {row.name}  {row.created_at}" for row in rows]
-            cursor = Cursor(after=rows[-1].id if rows else None, limit=100)
-        return lines
+        rows = _every(lambda cursor: repository.list_projects(session, cursor))
+        return [f"{row.id}  {row.name}  {row.created_at}" for row in rows]
 
     with _database(_settings(data)) as database:
         for line in database.read(read):

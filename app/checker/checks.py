@@ -132,7 +132,6 @@ def _facts(session: Session, ids: Sequence[str]) -> Iterator[Facts]:
 
 def _idempotency(session: Session) -> Iterator[tuple[str, str]]:
     """A key stands for one resource, which exists (or was deleted on record) and is the project's own."""
-    deleted = select(AuditEvent.subject_id).where(AuditEvent.action.like("%.deleted"))
     for row in session.execute(select(IdempotencyKey)).scalars():
         named = (row.location or "").rpartition("/")[2]
         answered = (row.body or {}).get("id")
@@ -146,10 +145,17 @@ def _idempotency(session: Session) -> Iterator[tuple[str, str]]:
         else:
             continue
         owner = session.execute(owned).scalar_one_or_none()
-        if owner is None and named in set(session.execute(deleted).scalars()):
+        if owner is None and _was_deleted(session, named):
             continue
         if owner != row.project_id:
             yield row.key, f"stands for {named}, which {'does not exist' if owner is None else 'is foreign'}"
+
+
+def _was_deleted(session: Session, subject_id: str) -> bool:
+    statement = select(AuditEvent.id).where(
+        AuditEvent.subject_id == subject_id, AuditEvent.action.like("%.deleted")
+    )
+    return session.execute(statement.limit(1)).scalar_one_or_none() is not None
 
 
 def _running_steps(session: Session) -> Iterator[tuple[str, str]]:

@@ -20,10 +20,12 @@ from sqlalchemy import (
 from sqlalchemy.orm import InstrumentedAttribute, Session
 from sqlalchemy.sql.dml import Insert
 
+from app.artifacts import repository as artifacts
 from app.artifacts.models import Artifact
 from app.auth.models import Project
 from app.checkpoints.models import Checkpoint, CheckpointFile
 from app.database import Base, now
+from app.datasets import repository as datasets
 from app.datasets.models import Dataset
 from app.deletion.models import Garbage
 from app.jobs.models import Job, Layer, Step
@@ -225,6 +227,11 @@ def garbage(session: Session, *, age_seconds: float, limit: int) -> list[str]:
         .limit(limit)
     )
     return list(session.execute(statement).scalars())
+
+
+def known_keys(session: Session, keys: Collection[str]) -> set[str]:
+    """Which of these object keys belong to a row of any kind."""
+    return artifacts.known_keys(session, keys) | datasets.known_keys(session, keys)
 
 
 def forget_garbage(session: Session, keys: Iterable[str]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 
 from sqlalchemy.orm import Session
 
-from app.artifacts import repository as artifacts
 from app.auth.principal import Principal
 from app.database import SyncDatabase
 from app.datasets import repository as datasets
@@ -60,7 +59,7 @@ def free_bytes(database: SyncDatabase, storage: Storage, *, age_seconds: float) 
     """
     count = 0
     while keys := database.read(repository.garbage, age_seconds=age_seconds, limit=_BATCH):
-        known = database.read(artifacts.known_keys, keys) | database.read(datasets.known_keys, keys)
+        known = database.read(repository.known_keys, keys)
         dead = [key for key in keys if key not in known]
         storage.delete(dead)
         database.write(repository.forget_garbage, keys)

@@ -14,9 +14,8 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app import failpoints
-from app.artifacts import repository as artifacts
 from app.database import SyncDatabase, after_commit
-from app.datasets import repository as datasets
+from app.deletion.repository import known_keys
 from app.deletion.sweeps import expire_jobs, forget_uploads, free_bytes, grace_seconds
 from app.idempotency import repository as idempotency
 from app.jobs import repository
@@ -188,7 +187,7 @@ def find_orphans(database: SyncDatabase, storage: Storage, *, age: timedelta) ->
         # Fences first: a step that is no longer running by then has all the rows that it will ever have. So
         # a clock that jumps, and makes young objects old, costs no object that is about to be committed.
         live = database.read(repository.live_fences)
-        known = database.read(artifacts.known_keys, batch) | database.read(datasets.known_keys, batch)
+        known = database.read(known_keys, batch)
         return [key for key in batch if key not in known and _fence_of(key) not in live]
 
     for prefix in ("jobs", "datasets", "readiness"):

@@ -54,7 +54,7 @@ def moments(session: Session, job_ids: Sequence[str]) -> dict[str, Moment]:
 
 
 def find_version(session: Session, job_id: str, *, project_id: str) -> tuple[int, str] | None:
-    """Version and status alone: what a waiting client asks for again and again."""
+    """Version and status alone."""
     statement = select(Job.version, Job.status).where(Job.id == job_id, Job.project_id == project_id)
     row = session.execute(statement).one_or_none()
     return None if row is None else (row[0], row[1])

@@ -7,7 +7,7 @@ moment, started again anywhere, and run twice by mistake. Nothing of the service
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -30,11 +30,10 @@ from app.mlflow_export.record import (
 )
 from orthokv.client import OrthoKV
 from orthokv.client.protocol import Call
+from orthokv.client.resources import ENDED
 
 log = structlog.get_logger()
 
-ENDED = ("succeeded", "failed", "cancelled")
-PAGE = 100
 METRICS_PER_REQUEST = 1000  # MLflow's limits
 ENTRIES_PER_REQUEST = 100
 _CREDENTIALS = re.compile(r"//[^/@\s]+@")
@@ -92,25 +91,19 @@ class Exporter:
                 self._known[job_id] = version
         return swept
 
-    def _get(self, path: str, query: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def _get(self, path: str) -> dict[str, Any]:
         """Bodies as they are: what MLflow is told is text, and fields that this version does not know belong to it."""
-        body: dict[str, Any] = self._service.send(Call("GET", path, query or {})).json()
+        body: dict[str, Any] = self._service.send(Call("GET", path)).json()
         return body
 
     def _ended(self) -> Iterator[tuple[str, int]]:
         """Ids and versions of ended jobs, newest first."""
         oldest = datetime.now(UTC) - timedelta(days=self._options.days)
-        query: dict[str, Any] = {"limit": PAGE}
-        while True:
-            page = self._get("/v1/jobs", query)
-            for job in page["data"]:
-                if datetime.fromisoformat(job["created_at"]) < oldest:
-                    return
-                if job["status"] in ENDED:
-                    yield job["id"], job["version"]
-            if not page["has_more"]:
+        for job in self._service.jobs.list():
+            if job.created_at < oldest:
                 return
-            query["after"] = page["last_id"]
+            if job.status in ENDED:
+                yield job.id, job.version
 
     def _export(self, job_id: str, version: int, experiment: str) -> bool:
         """Whether anything had to be written."""

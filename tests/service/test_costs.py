@@ -324,7 +324,7 @@ def run_job(
     job = queue_job(database, model=LOCAL, dataset=body, method=method)
     for number in range(6):
         lease = must_claim(database)
-        order = database.read(load_order, lease)
+        order = database.read(load_order, lease, settings)
         request = prepare(order, lease, storage, settings, folder / f"{job.id}-{number}")
         said = io.StringIO()
         assert run(request.model_dump(), Wire(said)) == 0, said.getvalue()

@@ -177,11 +177,14 @@ def test_the_largest_dataset_of_a_project(client: TestClient, database: SyncData
     assert client.post(f"/v1/datasets/{made['id']}/complete", json={"sha256": digest}).status_code == 200
 
 
-def test_the_largest_model_is_told_to_the_worker(database: SyncDatabase) -> None:
-    set_limits(database, model_bytes=5)
+def test_the_largest_model_is_told_to_the_worker(database: SyncDatabase, settings: Settings) -> None:
     queue_job(database)
     lease = must_claim(database)
-    assert database.read(load_order, lease).model.max_weight_bytes == 5
+    servers = settings.model_copy(update={"max_model_bytes": 7})
+    assert database.read(load_order, lease, settings).model.max_weight_bytes is None
+    assert database.read(load_order, lease, servers).model.max_weight_bytes == 7
+    set_limits(database, model_bytes=5)
+    assert database.read(load_order, lease, servers).model.max_weight_bytes == 5
 
 
 def test_a_model_beyond_the_limit_is_named_before_anybody_pays(
