@@ -21,7 +21,7 @@ from orthokv.client.cli import OURS, _exit_code, jobs
 from orthokv.client.models import Job, JobError, JobProgress
 from orthokv.client.partfile import PartFile
 from orthokv.client.watch import show
-from tests.server import REPOSITORY, Server
+from tests.server import REPOSITORY, Server, until
 from tests.service.factories import Script
 
 RUNNER = Path(__file__).with_name("scripted_runner.py")
@@ -235,6 +235,8 @@ def test_samples_are_no_longer_than_the_models_context(
     )
     assert "sequence length" not in asked.stderr
     assert server.job(asked.stdout.strip())["spec"]["dataset"]["sequence_length"] == 64
+    for job_id in (done.stdout.strip(), asked.stdout.strip()):
+        end(server, job_id)
 
 
 def test_watch_list_and_cancel(server: Server, script: Script) -> None:
@@ -270,6 +272,12 @@ def test_bad_input_is_one_line_and_exit_code_2(server: Server, arguments: list[s
     assert done.exit_code == 2, done.output
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def end(server: Server, job_id: str) -> None:
+    """What is left in the queue would run by the script of a later test."""
+    orthokv(server, "cancel", job_id)
+    until(lambda: server.job(job_id)["status"] in ("succeeded", "failed", "cancelled"), "the job ends")
 
 
 def python_examples(document: str) -> list[str]:
