@@ -1,17 +1,19 @@
 """Engines, transactions, column types and the one clock, for SQLite and Postgres.
 
 Statements and domain functions are written once, against a synchronous `Session`: the worker calls them
-directly, the API through `AsyncSession.run_sync`. Nothing inside commits; `read` and `write` here are the
-boundary.
+directly, the API in a thread. Nothing inside commits; `read` and `write` here are the boundary.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from sqlalchemy import (
     JSON,
     DateTime,
@@ -27,7 +29,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -145,11 +147,11 @@ def _limits(url: URL, timeouts: Timeouts | None) -> dict[str, str]:
     return {"options": f"-c statement_timeout={statement} -c lock_timeout={lock}"}
 
 
-def _driver_url(url: str, *, sqlite_driver: str) -> URL:
+def _driver_url(url: str) -> URL:
     parsed = make_url(url)
     backend = parsed.get_backend_name()
     if backend == "sqlite":
-        return parsed.set(drivername=f"sqlite+{sqlite_driver}")
+        return parsed.set(drivername="sqlite+pysqlite")
     if backend == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
     raise DatabaseUnusable(f"database {backend!r} is not supported: use sqlite or postgresql")
@@ -208,42 +210,10 @@ def _report(session: Session) -> None:
 
 
 _REPORTS = "after_commit"
+_READERS, _WRITERS = 10, 5  # threads of an API process, and connections
+_WAIT_SECONDS = 30.0
 _READ = {"sqlite_begin": "DEFERRED"}
 _WRITE = {"sqlite_begin": "IMMEDIATE"}
-
-
-class Database:
-    """Transactions of the API: each call is one transaction in its own session, committed at the end."""
-
-    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
-        driver_url = _driver_url(url, sqlite_driver="aiosqlite")
-        self._engine = create_async_engine(
-            driver_url,
-            pool_pre_ping=True,
-            connect_args={**_patience(driver_url), **_limits(driver_url, timeouts)},
-        )
-        _prepare(self._engine.sync_engine)
-
-    async def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:
-        async with AsyncSession(self._engine, expire_on_commit=False) as session:
-            async with session.begin():
-                await session.connection(execution_options=options)
-                result = await session.run_sync(call)
-            _report(session.sync_session)
-            return result
-
-    async def read(
-        self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        return await self._run(_READ, lambda session: function(session, *args, **kwargs))
-
-    async def write(
-        self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        return await self._run(_WRITE, lambda session: function(session, *args, **kwargs))
-
-    async def close(self) -> None:
-        await self._engine.dispose()
 
 
 class SyncDatabase:
@@ -252,11 +222,12 @@ class SyncDatabase:
     The same functions, without an event loop. Safe to use from several threads.
     """
 
-    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
-        driver_url = _driver_url(url, sqlite_driver="pysqlite")
+    def __init__(self, url: str, timeouts: Timeouts | None = None, *, connections: int = 5) -> None:
+        driver_url = _driver_url(url)
         self.engine = create_engine(
             driver_url,
-            pool_pre_ping=True,
+            pool_size=connections,
+            pool_pre_ping=driver_url.get_backend_name() != "sqlite",  # a file does not go away
             connect_args={**_patience(driver_url), **_limits(driver_url, timeouts)},
         )
         _prepare(self.engine)
@@ -279,3 +250,43 @@ class SyncDatabase:
 
     def close(self) -> None:
         self.engine.dispose()
+
+
+class Database:
+    """Transactions of the API: each call is one transaction in a thread, committed at the end.
+
+    One hop to a thread and back for a whole transaction is cheaper than an asynchronous driver's hop for each
+    of its statements (four and more), and SQLite has no other way. Reads and writes have threads of their own:
+    whoever waits for a lock holds up no reader. Raises `PoolTimeout` when none becomes free in time.
+    """
+
+    def __init__(self, url: str, timeouts: Timeouts | None = None) -> None:
+        self._database = SyncDatabase(url, timeouts, connections=_READERS + _WRITERS)
+        self._threads = CapacityLimiter(_READERS + _WRITERS)
+        self._readers, self._writers = asyncio.Semaphore(_READERS), asyncio.Semaphore(_WRITERS)
+
+    async def read(
+        self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        call = partial(self._database.read, function, *args, **kwargs)
+        return await self._in_thread(call, self._readers)
+
+    async def write(
+        self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        call = partial(self._database.write, function, *args, **kwargs)
+        return await self._in_thread(call, self._writers)
+
+    async def _in_thread(self, call: Callable[[], T], free: asyncio.Semaphore) -> T:
+        try:
+            async with asyncio.timeout(_WAIT_SECONDS):
+                await free.acquire()
+        except TimeoutError:
+            raise PoolTimeout(f"no connection became free within {_WAIT_SECONDS} s") from None
+        try:
+            return await to_thread.run_sync(call, limiter=self._threads)
+        finally:
+            free.release()
+
+    async def close(self) -> None:
+        await to_thread.run_sync(self._database.close)

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -251,8 +252,10 @@ def install(app: FastAPI) -> None:
         return answer(request, _from_http(request, error))
 
     @app.exception_handler(OperationalError)
-    async def on_database(request: Request, error: OperationalError) -> Response:
-        log.error("database.unavailable", request_id=request_id_of(request), error=str(error.orig))
+    @app.exception_handler(PoolTimeout)
+    async def on_database(request: Request, error: OperationalError | PoolTimeout) -> Response:
+        reason = error.orig if isinstance(error, OperationalError) else error
+        log.error("database.unavailable", request_id=request_id_of(request), error=str(reason))
         unavailable = Problem(
             Code.UNAVAILABLE, "The database does not answer; try again.", headers={"Retry-After": "5"}
         )

@@ -77,6 +77,7 @@ class Supervisor:
             self._pass_hint_on()
             self._run(lease)
         self._idle.set()
+        self._show_idle(False)
         log.info("worker.stopped", worker=self._name)
 
     def look(self) -> None:
@@ -185,7 +186,7 @@ class Supervisor:
 
     def _show_idle(self, idle: bool) -> None:
         for gpu_class in self._settings.gpu_classes:
-            WORKER_IDLE.labels(gpu_class).set(idle and not self._stopping)
+            WORKER_IDLE.labels(gpu_class).set(idle)
 
 
 def main() -> None:

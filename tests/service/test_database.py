@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -10,14 +12,18 @@ from pathlib import Path
 
 import pytest
 from alembic import command
-from sqlalchemy import inspect, select, text
+from fastapi.testclient import TestClient
+from sqlalchemy import func, inspect, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from app.auth.principal import DEFAULT_PROJECT_ID
-from app.database import DatabaseUnusable, SyncDatabase, clock, now
+from app.auth.repository import lock_project
+from app.database import Database, DatabaseUnusable, SyncDatabase, clock, now
 from app.datasets.models import Dataset
+from app.main import create_app
 from app.migrate import alembic_config, upgrade
+from app.settings import Settings
 from tests.postgres import postgres_url
 
 
@@ -64,6 +70,56 @@ def test_a_failing_transaction_leaves_nothing(database: SyncDatabase) -> None:
     with pytest.raises(RuntimeError, match="after the write"):
         database.write(store_and_fail)
     assert database.read(lambda session: session.get(Dataset, "ds_x")) is None
+
+
+def test_writers_that_wait_hold_up_no_reader(database_url: str, database: SyncDatabase) -> None:
+    """Many of them, for a lock that another process holds."""
+    waiting = 40
+
+    def note(session: Session, number: int) -> None:
+        lock_project(session, DEFAULT_PROJECT_ID)
+        row = Dataset(id=f"ds_{number}", project_id=DEFAULT_PROJECT_ID, filename="x", format="text")
+        session.add(row)
+
+    async def crowd(asynchronous: Database) -> None:
+        writers = [asyncio.create_task(asynchronous.write(note, number)) for number in range(waiting)]
+        for _ in range(20):
+            assert await asynchronous.read(stored) == 0
+        released.set()
+        await asyncio.gather(*writers)
+        assert await asynchronous.read(stored) == waiting
+        await asynchronous.close()
+
+    def stored(session: Session) -> int:
+        return session.execute(select(func.count()).select_from(Dataset)).scalar_one()
+
+    def hold(session: Session) -> None:
+        lock_project(session, DEFAULT_PROJECT_ID)
+        held.set()
+        released.wait(60)
+
+    held, released = threading.Event(), threading.Event()
+    holder = threading.Thread(target=database.write, args=(hold,))
+    holder.start()
+    try:
+        assert held.wait(10)
+        asyncio.run(crowd(Database(database_url)))
+    finally:
+        released.set()
+        holder.join()
+
+
+def test_a_request_that_gets_no_connection_in_time_is_told_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.database._WAIT_SECONDS", 0.05)
+    with TestClient(create_app(settings)) as client:
+        database = client.app.state.database  # type: ignore[attr-defined]
+        monkeypatch.setattr(database, "_readers", asyncio.Semaphore(0))
+        answer = client.get("/v1/jobs")
+        assert (answer.status_code, answer.json()["code"]) == (503, "unavailable")
+        assert answer.headers["Retry-After"] == "5"
+        assert client.get("/readyz").status_code == 503
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -278,7 +278,7 @@ class TestRequests:
             assert client.request(sent, path).status_code == status
             assert found(method, route, status) == before + 1, path
         labels = {value for one in REGISTRY.collect() for s in one.samples for value in s.labels.values()}
-        assert not [value for value in labels if "secret" in value or "job_0" in value or job in value]
+        assert not [value for value in labels if "secret-of" in value or "job_0" in value or job in value]
 
     def test_a_refused_host_is_counted_too(self, client: TestClient) -> None:
         before = counted("orthokv_problems_total", code="invalid_host")
