@@ -7,7 +7,12 @@ directly, the API in a thread. Nothing inside commits; `read` and `write` here a
 from __future__ import annotations
 
 import asyncio
+import random
+import sqlite3
+import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -16,6 +21,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from anyio import CapacityLimiter, to_thread
 from sqlalchemy import (
     JSON,
+    BindParameter,
     DateTime,
     Dialect,
     Engine,
@@ -29,6 +35,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Session
@@ -40,7 +47,7 @@ from sqlalchemy.types import TypeDecorator
 P = ParamSpec("P")
 T = TypeVar("T")
 
-SQLITE_BUSY_MILLISECONDS = 30_000
+SQLITE_BUSY_SECONDS = 30
 _POSTGRES_PATIENCE = {
     "connect_timeout": "10",
     "keepalives_idle": "10",
@@ -48,7 +55,6 @@ _POSTGRES_PATIENCE = {
     "keepalives_count": "3",
     "tcp_user_timeout": "30000",  # milliseconds
 }
-_SQLITE_TIME = "%Y-%m-%d %H:%M:%S.%f"
 
 
 class DatabaseUnusable(Exception):
@@ -91,13 +97,13 @@ class UtcDateTime(TypeDecorator[datetime]):
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:
         if value is None or dialect.name != "sqlite":
             return value
-        return value.astimezone(UTC).strftime(_SQLITE_TIME)[:-3]
+        return value.astimezone(UTC).replace(tzinfo=None).isoformat(sep=" ", timespec="milliseconds")
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
         if value is None:
             return None
         if dialect.name == "sqlite":
-            return datetime.strptime(value, _SQLITE_TIME).replace(tzinfo=UTC)
+            return datetime.fromisoformat(value).replace(tzinfo=UTC)
         moment: datetime = value
         return moment.astimezone(UTC)
 
@@ -108,8 +114,9 @@ class now(FunctionElement[datetime]):
     type = UtcDateTime()
     inherit_cache = True
 
-    def __init__(self, plus_seconds: float = 0.0) -> None:
-        super().__init__(literal(plus_seconds, Float))
+    def __init__(self, plus_seconds: float | BindParameter[float] = 0.0) -> None:
+        bound = plus_seconds if isinstance(plus_seconds, BindParameter) else literal(plus_seconds, Float)
+        super().__init__(bound)
 
 
 @compiles(now, "postgresql")
@@ -185,7 +192,7 @@ def _prepare(engine: Engine) -> None:
             "journal_mode=WAL",
             "foreign_keys=ON",
             "synchronous=FULL",  # an acknowledged job survives a power cut
-            f"busy_timeout={SQLITE_BUSY_MILLISECONDS}",
+            f"busy_timeout={SQLITE_BUSY_SECONDS * 1000}",
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
@@ -194,9 +201,34 @@ def _prepare(engine: Engine) -> None:
     def on_begin(connection: Connection) -> None:
         # A deferred transaction that turns writer fails at once when another wrote meanwhile, whatever
         # busy_timeout says.
-        connection.exec_driver_sql(
-            f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'IMMEDIATE')}"
-        )
+        begin = f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'IMMEDIATE')}"
+        if begin.endswith("DEFERRED"):
+            connection.exec_driver_sql(begin)
+            return
+        # SQLite's own waiting asks ever more rarely, down to ten times a second: who came late wins, and a
+        # writer among eight waits half a second for a lock that is held for milliseconds.
+        deadline = time.monotonic() + SQLITE_BUSY_SECONDS
+        cursor = connection.connection.cursor()
+        cursor.execute("PRAGMA busy_timeout=0")
+        try:
+            while not _began(cursor, begin):
+                if time.monotonic() > deadline:
+                    connection.exec_driver_sql(begin)  # raises as every statement does
+                    return
+                time.sleep(random.uniform(0.0005, 0.002))
+        finally:
+            cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_SECONDS * 1000}")
+            cursor.close()
+
+
+def _began(cursor: DBAPICursor, begin: str) -> bool:
+    try:
+        cursor.execute(begin)
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
+            return False
+        raise
+    return True
 
 
 def after_commit(session: Session, call: Callable[[], object]) -> None:
@@ -231,6 +263,8 @@ class SyncDatabase:
             connect_args={**_patience(driver_url), **_limits(driver_url, timeouts)},
         )
         _prepare(self.engine)
+        # SQLite has one writer: threads of this process wait here, not by asking the file again and again.
+        self._writers = threading.Lock() if driver_url.get_backend_name() == "sqlite" else nullcontext()
 
     def _run(self, options: dict[str, str], call: Callable[[Session], T]) -> T:
         with Session(self.engine, expire_on_commit=False) as session:
@@ -246,7 +280,8 @@ class SyncDatabase:
     def write(
         self, function: Callable[Concatenate[Session, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        return self._run(_WRITE, lambda session: function(session, *args, **kwargs))
+        with self._writers:
+            return self._run(_WRITE, lambda session: function(session, *args, **kwargs))
 
     def close(self) -> None:
         self.engine.dispose()

@@ -171,13 +171,17 @@ def _claim_often(
     url: str, process: int, threads: int, seconds: float, interval: float
 ) -> list[tuple[float, str]]:
     _quiet()
-    database = SyncDatabase(url)
-    database.read(lambda session: session.execute(text("select 1")))
+    database = SyncDatabase(url, connections=threads)
     found: list[tuple[float, str]] = []
-    start = time.perf_counter() + 1.0
+    start = time.perf_counter() + 3.0
 
     def claimer(number: int) -> None:
-        due = start + interval * number / threads
+        _claim(
+            database, f"claimer-{process}-{number}"
+        )  # a worker that waits is connected, its statements are made
+        due = (
+            start + interval * (number * CLAIMING_PROCESSES + process) / CLAIMERS
+        )  # workers poll out of step
         while due < start + seconds:
             time.sleep(max(0.0, due - time.perf_counter()))
             began = time.perf_counter()

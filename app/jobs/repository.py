@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
-from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy import Float, Integer, Select, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -124,43 +125,55 @@ def claim_step(
     `SKIP LOCKED` on the step and on its job: claimers never wait for each other, nor for a commit of the same
     job, and with no waiting there is no deadlock with those who lock the job first.
     """
+    values = {
+        "owner": owner,
+        "lease_seconds": lease_seconds,
+        "running_limit": max_running_steps,
+        "classes": list(gpu_classes),
+    }
+    options = {"synchronize_session": False}
+    return session.execute(_claim_statement(), values, execution_options=options).scalar_one_or_none()
+
+
+@cache
+def _claim_statement() -> ReturningUpdate[Step]:
+    """Built once: making it costs more than running it, and idle workers ask all the time."""
     ready = aliased(Step)
     first = (
         select(ready.id)
         .join(Job, Job.id == ready.job_id)
         .where(
             ready.status == StepStatus.READY,
-            ready.gpu_class.in_(gpu_classes),
+            ready.gpu_class.in_(bindparam("classes", expanding=True)),
             ready.not_before <= now(),
             Job.status.in_((JobStatus.QUEUED, JobStatus.RUNNING)),
-            Job.project_id.not_in(_busy_projects(max_running_steps)),
+            Job.project_id.not_in(_busy_projects()),
         )
         .order_by(ready.precedence, ready.job_id, ready.stage, ready.ordinal)
         .limit(1)
         .with_for_update(of=(ready, Job), skip_locked=True)
         .scalar_subquery()
     )
-    statement = (
+    return (
         update(Step)
         .where(Step.id == first)
         .values(
             status=StepStatus.RUNNING,
             fence=Step.fence + 1,
             attempts=Step.attempts + 1,
-            lease_owner=owner,
-            lease_expires_at=now(lease_seconds),
+            lease_owner=bindparam("owner"),
+            lease_expires_at=now(bindparam("lease_seconds", type_=Float)),
             started_at=now(),
             finished_at=None,
         )
         .returning(Step)
     )
-    return session.execute(statement, execution_options={"synchronize_session": False}).scalar_one_or_none()
 
 
-def _busy_projects(max_running_steps: int | None) -> Select[str]:
+def _busy_projects() -> Select[str]:
     """Projects whose limit of running steps is reached. Found once a claim: few steps run at a time."""
     running, owner = aliased(Step), aliased(Job)
-    limit = func.coalesce(Project.max_running_steps, max_running_steps)
+    limit = func.coalesce(Project.max_running_steps, bindparam("running_limit", type_=Integer))
     return (
         select(Project.id)
         .join(owner, owner.project_id == Project.id)
