@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -30,7 +31,7 @@ class Body(BaseModel):
         # Pydantic would take false for 0, "5" for 5 and 1 for true, which the document does not.
         if info.field_name is None:
             return value
-        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        kinds = _kinds_of(cls, info.field_name)
         if isinstance(value, bool) and bool not in kinds:
             raise ValueError("is true or false, which this field never is")
         if isinstance(value, str | int | float) and not isinstance(value, bool) and kinds <= {bool, NoneType}:
@@ -38,6 +39,11 @@ class Body(BaseModel):
         if isinstance(value, str) and str not in kinds and kinds & {int, float}:
             raise ValueError("is a text and must be a number")
         return value
+
+
+@cache
+def _kinds_of(model: type[BaseModel], field: str) -> set[Any]:
+    return _kinds(model.model_fields[field].annotation)
 
 
 def _kinds(annotation: Any) -> set[Any]:

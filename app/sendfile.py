@@ -68,7 +68,8 @@ class ZeroCopyProtocol(H11Protocol):
             cycle.disconnected = True
             self.transport.abort()
         finally:
-            self.transport.set_write_buffer_limits()
+            if not self.transport.is_closing():
+                self.transport.set_write_buffer_limits()
 
 
 class _Copy:

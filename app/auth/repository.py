@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ColumnElement, or_, select, true, update
+from functools import cache
+
+from sqlalchemy import ColumnElement, Select, bindparam, or_, select, true, update
 from sqlalchemy.orm import Session
 
 from app.auth.models import ApiKey, Project
@@ -36,9 +38,15 @@ def list_projects(session: Session, cursor: Cursor) -> tuple[list[Project], bool
 
 def usable_key(session: Session, key_id: str) -> tuple[ApiKey, bool] | None:
     """A key that is neither revoked nor expired, and whether its last use is due to be noted."""
-    stale = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < now(-_USED_EVERY_SECONDS))
-    row = session.execute(select(ApiKey, stale).where(ApiKey.id == key_id, _usable())).one_or_none()
+    row = session.execute(_usable_key(), {"id": key_id}).one_or_none()
     return None if row is None else (row[0], bool(row[1]))
+
+
+@cache
+def _usable_key() -> Select[ApiKey, bool]:
+    """Made once: every request asks it."""
+    stale = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < now(-_USED_EVERY_SECONDS))
+    return select(ApiKey, stale).where(ApiKey.id == bindparam("id"), _usable())
 
 
 def has_usable_key(session: Session) -> bool:

@@ -17,6 +17,14 @@ from app.jobs.models import Job, Layer, Step
 from app.jobs.vocabulary import JobStatus, StepStatus
 from app.pagination import Cursor, cut
 
+# What every poll of a client asks: made once, since that costs as much as running it.
+_FIND_JOB = select(Job).where(Job.id == bindparam("id"), Job.project_id == bindparam("project"))
+_STEPS_OF = (
+    select(Step)
+    .where(Step.job_id.in_(bindparam("jobs", expanding=True)))
+    .order_by(Step.job_id, Step.stage, Step.ordinal)
+)
+
 
 def get_job(session: Session, job_id: str) -> Job | None:
     """A job of any project: for workers."""
@@ -24,8 +32,7 @@ def get_job(session: Session, job_id: str) -> Job | None:
 
 
 def find_job(session: Session, job_id: str, *, project_id: str) -> Job | None:
-    statement = select(Job).where(Job.id == job_id, Job.project_id == project_id)
-    return session.execute(statement).scalar_one_or_none()
+    return session.execute(_FIND_JOB, {"id": job_id, "project": project_id}).scalar_one_or_none()
 
 
 def jobs_by_ids(session: Session, job_ids: Iterable[str]) -> dict[str, Job]:
@@ -101,10 +108,7 @@ def list_jobs(
 
 def steps_of(session: Session, job_ids: Iterable[str]) -> list[Step]:
     """Steps of these jobs in the order in which they run."""
-    statement = (
-        select(Step).where(Step.job_id.in_(list(job_ids))).order_by(Step.job_id, Step.stage, Step.ordinal)
-    )
-    return list(session.execute(statement).scalars())
+    return list(session.execute(_STEPS_OF, {"jobs": list(job_ids)}).scalars())
 
 
 def count_running(session: Session, job_id: str) -> int:
