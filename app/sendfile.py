@@ -58,6 +58,8 @@ class ZeroCopyProtocol(H11Protocol):
     async def _copy(self, file: int, offset: int, count: int) -> None:
         """Send `count` bytes of a file. The headers are out; what cannot be sent breaks the connection."""
         cycle = self.cycle  # one request is answered at a time
+        if self.transport.is_closing():
+            return
         self.transport.set_write_buffer_limits(high=0)  # so that the headers are with the kernel, all of them
         await self.flow.drain()
         try:

@@ -184,6 +184,11 @@ class Settings(BaseSettings):
     """How long one attempt at a step may take; None: as long as it likes."""
     step_file_bytes: Bytes = 256 << 30
     """The largest file that a step may write."""
+    isolate_steps: bool = False
+    """Leave every step but `resolve` no network at all, by a namespace of its own (Linux).
+
+    Only `resolve` can then fetch a model: all workers share one cache of the hub's client (`HF_HOME`).
+    """
     device: str = "auto"
     spill_activations: bool = False
     """Keep hidden states in files of a step's working folder instead of memory."""

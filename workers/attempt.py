@@ -125,7 +125,7 @@ class Attempt:
 
     def _run_child(self, request: Request) -> Done | Failure:
         settings = self._settings
-        limits = Limits.of(settings)
+        limits = Limits.of(settings, self._lease.step)
         said = log.bind(**self._lease.about(), **tracing.ids())  # for a thread, which has no context
         self._since = time.monotonic()
         child = Child(

@@ -9,16 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import IO
 
-from workers.limits import Excess, Limits, Watchdog
+from workers.limits import TETHER, Excess, Limits, Watchdog
 from workers.protocol import MAX_LINE_BYTES, Message, Request, parse
 
 STDERR_TAIL_BYTES = 16_384
 MAX_SAID_LINES = 500
 MAX_SAID_CHARACTERS = 2_000
-_TETHER = Path(__file__).with_name("tether.py")
 
 # What a Python program with torch and a model hub needs. Database and storage credentials are not among it.
 _PASSED_ON = (
@@ -57,8 +55,10 @@ class Child:
         """Start it. `on_line` is called, in a thread, with the lines it writes to stderr, within bounds."""
         names = (*_PASSED_ON, *environment)
         passed_on = {name: os.environ[name] for name in names if name in os.environ}
+        if not limits.network:
+            passed_on["HF_HUB_OFFLINE"] = "1"  # the hub's client looks into its cache at once
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(_TETHER), str(os.getpid()), limits.of_kernel, *command],
+            [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), limits.of_kernel, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -27,6 +27,7 @@ def worker(
     from app.migrate import require_schema
     from app.settings import Settings
     from app.starting import starting  # not for the other commands of `orthokv`, which are to start fast
+    from workers.limits import CannotIsolate
     from workers.supervisor import run
 
     told: dict[str, Any] = {}
@@ -34,7 +35,7 @@ def worker(
         told["gpu_classes"] = tuple(gpu_class)
     if poll_only:
         told["broker_url"] = ""
-    with starting():
+    with starting(CannotIsolate):
         settings = Settings(**told)
         require_schema(settings.resolved_database_url)
         run(settings)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -20,12 +21,18 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from app.jobs.vocabulary import StepName
 from app.settings import Settings
 
+TETHER = Path(__file__).with_name("tether.py")
 OPEN_FILES = 4096
 _LOOK_SECONDS = 0.2
 _SHARE_OF_MACHINE = 0.95
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+class CannotIsolate(Exception):
+    """This machine or container gives a process no namespace without a network."""
 
 
 class Excess(Enum):
@@ -42,17 +49,19 @@ class Limits:
     memory_bytes: int | None
     seconds: float | None
     file_bytes: int
+    network: bool = True
 
     @classmethod
-    def of(cls, settings: Settings) -> Limits:
+    def of(cls, settings: Settings, step: StepName) -> Limits:
         """The settings' limits; without one of their own for memory, nearly all that the machine or container has."""
         memory = settings.step_memory_bytes or _nearly_all_memory()
-        return cls(memory, settings.step_seconds, settings.step_file_bytes)
+        network = step is StepName.RESOLVE or not settings.isolate_steps
+        return cls(memory, settings.step_seconds, settings.step_file_bytes, network)
 
     @property
     def of_kernel(self) -> str:
         """For the tether."""
-        return f"FSIZE={self.file_bytes},NOFILE={OPEN_FILES}"
+        return f"FSIZE={self.file_bytes},NOFILE={OPEN_FILES}" + ("" if self.network else ",NETWORK=0")
 
 
 class Watchdog:
@@ -86,6 +95,15 @@ class Watchdog:
         if limit is not None and memory_of_session(self._session) > limit:
             return Excess.MEMORY
         return None
+
+
+def require_isolation() -> None:
+    """Raises `CannotIsolate`, before any job meets it."""
+    command = [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), "NETWORK=0", "true"]
+    tried = subprocess.run(command, check=False, capture_output=True, text=True)
+    if sys.platform != "linux" or tried.returncode != 0:
+        reason = tried.stderr.strip().rpartition("\n")[2] or "this is no Linux"
+        raise CannotIsolate(f"ORTHOKV_ISOLATE_STEPS cannot be kept here: {reason}")
 
 
 def memory_of_session(session: int) -> int:

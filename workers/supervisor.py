@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from types import FrameType
@@ -32,6 +33,7 @@ from app.metrics.port import worker_metrics
 from app.settings import Settings
 from app.storage import open_storage
 from workers.attempt import Attempt
+from workers.limits import CannotIsolate, require_isolation
 
 if TYPE_CHECKING:
     from workers.celery_app import HintListener
@@ -190,11 +192,16 @@ class Supervisor:
 
 
 def main() -> None:
-    run(Settings())
+    try:
+        run(Settings())
+    except CannotIsolate as error:
+        sys.exit(f"orthokv: {error}")
 
 
 def run(settings: Settings) -> None:
-    """Work until SIGTERM or SIGINT."""
+    """Work until SIGTERM or SIGINT. Raises `CannotIsolate`."""
+    if settings.isolate_steps:
+        require_isolation()
     configure()
     failpoints.arm(settings.failpoint, settings.failpoint_dir)
     tracing.configure("orthokv-worker")

@@ -10,11 +10,13 @@ a step or layer takes at most, and nothing is noted. A fault is `{"step", "run",
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -202,11 +204,18 @@ def note_run() -> int:
         "umask": os.umask(0o077),
         "no_new_privs": "NoNewPrivs:\t1" in Path("/proc/self/status").read_text(),
         "temporary": os.environ["TMPDIR"],
+        "network": network(),
         "request": REQUEST,
     }
     with file.open("a") as opened:
         opened.write(json.dumps(run) + "\n")
     return sum(one["step"] == STEP for one in earlier)
+
+
+def network() -> str:
+    """What happens to who calls: without a network nothing is reached, not even that nobody listens."""
+    with socket.socket() as calling:
+        return errno.errorcode[calling.connect_ex(("127.0.0.1", 9))]
 
 
 def perform(run: int, layer: int | None) -> None:

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 from app.database import SyncDatabase
-from app.jobs.vocabulary import JobErrorCode, JobStatus
+from app.jobs.vocabulary import JobErrorCode, JobStatus, StepName
 from app.settings import Settings
 from tests.service.factories import Script, queue_job, read_job
 from tests.service.test_supervisor import alive, run_to_end, running, until
-from workers.limits import OPEN_FILES, Limits, memory_of_session
+from workers.cli import worker
+from workers.limits import OPEN_FILES, CannotIsolate, Limits, memory_of_session, require_isolation
 
 MEBIBYTE = 1 << 20
 
@@ -91,6 +94,40 @@ def test_a_child_is_confined(database: SyncDatabase, settings: Settings, script:
         assert not Path(run["temporary"]).exists()
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("isolate", [False, True])
+def test_steps_have_no_network_where_they_shall_have_none(
+    database: SyncDatabase, settings: Settings, script: Script, isolate: bool
+) -> None:
+    try:
+        require_isolation()
+    except CannotIsolate as refused:
+        pytest.skip(str(refused))
+    job = run_to_end(database, settings.model_copy(update={"isolate_steps": isolate}), queue_job(database).id)
+    assert job.status == JobStatus.SUCCEEDED
+    for run in script.runs():
+        alone = isolate and run["step"] != "resolve"
+        assert run["network"] == ("ENETUNREACH" if alone else "ECONNREFUSED"), run["step"]
+        assert ("HF_HUB_OFFLINE" in run["environment"]) >= alone
+
+
+def test_a_worker_that_cannot_keep_steps_from_the_network_says_so_and_does_not_start(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "refusing.py").write_text("import sys; sys.exit('no namespace without a network: refused')")
+    monkeypatch.setattr("workers.limits.TETHER", tmp_path / "refusing.py")
+    monkeypatch.setenv("ORTHOKV_DATABASE_URL", settings.resolved_database_url)
+    monkeypatch.setenv("ORTHOKV_DATA_DIR", str(settings.data_dir))
+    monkeypatch.setenv("ORTHOKV_ISOLATE_STEPS", "true")
+    command = typer.Typer()
+    command.command()(worker)
+    result = CliRunner().invoke(command)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "orthokv: ORTHOKV_ISOLATE_STEPS cannot be kept here: no namespace without a network: refused\n"
+    )
+
+
 def test_memory_that_is_held_counts_and_mapped_files_do_not(tmp_path: Path) -> None:
     import mmap
 
@@ -110,10 +147,10 @@ def test_memory_that_is_held_counts_and_mapped_files_do_not(tmp_path: Path) -> N
 
 def test_without_a_limit_of_its_own_a_step_may_have_nearly_all_memory() -> None:
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Limits.of(Settings()).memory_bytes
+    limit = Limits.of(Settings(), StepName.FIT).memory_bytes
     assert limit is not None
     assert 0 < limit < machine
-    assert Limits.of(Settings(step_memory_bytes=7)).memory_bytes == 7
+    assert Limits.of(Settings(step_memory_bytes=7), StepName.FIT).memory_bytes == 7
 
 
 @pytest.mark.parametrize(

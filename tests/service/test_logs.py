@@ -12,6 +12,7 @@ import pytest
 
 from app.auth.keys import generate
 from app.ids import new_id
+from app.jobs.vocabulary import StepName
 from app.settings import Settings
 from tests.server import REPOSITORY
 from workers.child import MAX_SAID_CHARACTERS, MAX_SAID_LINES, Child
@@ -91,7 +92,7 @@ def said(program: str, folder: Path) -> list[str]:
         (sys.executable, "-c", program),
         request,
         environment=(),
-        limits=Limits.of(Settings()),
+        limits=Limits.of(Settings(), StepName.FIT),
         on_line=lines.append,
     )
     assert child.wait() == 0
