@@ -53,6 +53,13 @@ REAPER_RESCUED = Counter(
     "orthokv_reaper_rescued", "What the reaper had to put right or clear away.", ["what"], registry=REGISTRY
 )
 
+WEBHOOK_ATTEMPTS = Counter(
+    "orthokv_webhook_attempts",
+    "Attempts at webhook deliveries that this process made: taken with a 2xx, or not.",
+    ["outcome"],
+    registry=REGISTRY,
+)
+
 # Workers.
 WORKER_IDLE = Gauge(
     "orthokv_worker_idle",
@@ -96,5 +103,7 @@ for _code in JobErrorCode:
     JOBS.labels(JobStatus.FAILED, _code)
 for _outcome in ("done", "failed"):
     REAPER_SWEEPS.labels(_outcome)
+for _outcome in ("succeeded", "failed"):
+    WEBHOOK_ATTEMPTS.labels(_outcome)
 for _what in ("attempts_lost", "cancels_forced", "hints_resent", "keys_expired", "orphans_deleted"):
     REAPER_RESCUED.labels(_what)

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from app.database import SyncDatabase
 from app.jobs import repository as jobs
+from app.webhooks import repository as webhooks
 
 CACHE_SECONDS = 5.0
 _PATIENCE_MILLISECONDS = 2000
@@ -56,7 +57,17 @@ def _queue_metrics(session: Session, gpu_classes: Sequence[str]) -> Iterator[Met
     yield from (depth, age, busy, overdue)
 
 
-SOURCES: tuple[Source, ...] = (_job_metrics, _queue_metrics)
+def _webhook_metrics(session: Session, _gpu_classes: Sequence[str]) -> Iterator[Metric]:
+    count, seconds = webhooks.count_due(session)
+    yield GaugeMetricFamily("orthokv_webhooks_due", "Webhook deliveries that a sender could send now.", count)
+    yield GaugeMetricFamily(
+        "orthokv_webhooks_oldest_seconds",
+        "How long the oldest of them has waited; 0 when there is none.",
+        seconds,
+    )
+
+
+SOURCES: tuple[Source, ...] = (_job_metrics, _queue_metrics, _webhook_metrics)
 """Each domain's; append one to have it read in the same transaction."""
 
 

@@ -18,7 +18,8 @@ from standardwebhooks import Webhook
 
 from app.audit.service import record as audit
 from app.auth.principal import Principal
-from app.database import clock, now
+from app.database import after_commit, clock, now
+from app.metrics.counted import WEBHOOK_ATTEMPTS
 from app.outbound import Outbound, Unreachable, UrlRefused
 from app.sealing import CannotOpen, Sealer
 from app.webhooks import repository
@@ -148,7 +149,9 @@ def record(session: Session, attempt: Attempt, outcome: Outcome, *, schedule: Se
     delivery.lease_expires_at = None
     delivery.response_status, delivery.response_body = outcome.status, outcome.body
     delivery.error = outcome.error
-    if outcome.error is None:
+    taken = outcome.error is None
+    after_commit(session, WEBHOOK_ATTEMPTS.labels("succeeded" if taken else "failed").inc)
+    if taken:
         delivery.status, delivery.finished_at = "succeeded", clock(session)
         return
     about = {"endpoint": endpoint.id, "delivery": delivery.id, "attempt": attempt.number}

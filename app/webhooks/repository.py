@@ -8,7 +8,7 @@ from __future__ import annotations
 from sqlalchemy import delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from app.database import now
+from app.database import clock, now
 from app.pagination import Cursor, cut
 from app.webhooks.models import WebhookDelivery, WebhookEndpoint
 
@@ -144,6 +144,17 @@ def anything_due(session: Session) -> bool:
         .limit(1)
     )
     return session.execute(statement).one_or_none() is not None
+
+
+def count_due(session: Session) -> tuple[int, float]:
+    """Deliveries that could be sent now and that nobody sends: how many, and for how many seconds the oldest has waited."""
+    statement = select(func.count(), func.min(WebhookDelivery.next_attempt_at)).where(
+        WebhookDelivery.status == "pending",
+        WebhookDelivery.next_attempt_at <= now(),
+        or_(WebhookDelivery.lease_expires_at.is_(None), WebhookDelivery.lease_expires_at <= now()),
+    )
+    count, oldest = session.execute(statement).one()
+    return count, 0.0 if oldest is None else max(0.0, (clock(session) - oldest).total_seconds())
 
 
 def succeeded_since(session: Session, delivery: WebhookDelivery) -> bool:

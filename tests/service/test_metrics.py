@@ -12,11 +12,12 @@ import httpx2
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client import Metric
-from sqlalchemy import text
+from sqlalchemy import text, update
 from sqlalchemy.orm import Session
 
 from app.auth.principal import DEFAULT_PROJECT_ID
-from app.database import SyncDatabase, after_commit
+from app.database import SyncDatabase, after_commit, now
+from app.ids import new_id
 from app.jobs.dispatch import LocalDispatcher
 from app.jobs.lease import Failure, fail
 from app.jobs.reaper import Reaper
@@ -28,6 +29,8 @@ from app.metrics.port import api_metrics, worker_metrics
 from app.metrics.stored import StoredMetrics
 from app.settings import Settings
 from app.storage import Storage
+from app.webhooks import attempts
+from app.webhooks.models import WebhookDelivery, WebhookEndpoint
 from tests.scrape import counted, scrape, values
 from tests.service.factories import (
     POLICY,
@@ -116,6 +119,38 @@ class TestStored:
             ("model_gated", "failed"): 1,
             ("", "queued"): 1,
         }
+
+    def test_webhooks_that_are_due_are_told_until_they_are_under_way(
+        self, database: SyncDatabase, collector: StoredMetrics
+    ) -> None:
+        def due() -> tuple[float, float]:
+            found = asked(collector)
+            names = ("orthokv_webhooks_due", "orthokv_webhooks_oldest_seconds")
+            return values(found, names[0])[()], values(found, names[1])[()]
+
+        assert due() == (0, 0)
+        endpoint = WebhookEndpoint(
+            id=new_id("whe"),
+            project_id=DEFAULT_PROJECT_ID,
+            url="https://receiver.example/",
+            description="",
+            cloud_events=False,
+            secret="sealed",
+        )
+        database.write(lambda session: session.add(endpoint))
+        for _ in range(2):
+            queue_job(database)
+        late = update(WebhookDelivery).values(next_attempt_at=now(-90.0))
+        database.write(lambda session: session.execute(late))
+        assert due()[0] == 2
+        assert 90 <= due()[1] < 150
+        attempt = database.write(attempts.claim, lease_seconds=60.0)
+        assert attempt is not None
+        assert due()[0] == 1
+        before = counted("orthokv_webhook_attempts_total", outcome="failed")
+        database.write(attempts.record, attempt, attempts.Outcome("no answer"), schedule=(5.0,))
+        assert due()[0] == 1  # the next attempt has its time
+        assert counted("orthokv_webhook_attempts_total", outcome="failed") == before + 1
 
     def test_an_overdue_lease_shows_until_it_is_ended(
         self, database: SyncDatabase, collector: StoredMetrics
