@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-crash test-mlflow chaos check bench-quality bench-ablation bench-download format openapi client table clean
+.PHONY: help install demo test test-slow test-crash test-mlflow chaos check bench-quality bench-ablation bench-download audit format openapi client table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-quality   every method on the bench models: JSON, tables, plots (needs ../shared; hours on a CPU)"
 	@echo "make bench-ablation  what each ingredient of the fit is worth, on the same model"
 	@echo "make bench-download  artifact downloads beside nginx on the same file (needs nginx)"
+	@echo "make audit    known vulnerabilities of the pinned dependencies (asks PyPI); ARGS=\"--format cyclonedx-json --output sbom.json\" for a list of parts"
 	@echo "make format   rewrite sources as the linter wants them"
 	@echo "make openapi  write openapi.json from the code, and the client's models from that"
 	@echo "make client   write the generated parts of orthokv/client"
@@ -56,6 +57,16 @@ $(MLFLOW_SERVER): $(STAMP)
 test-mlflow: $(MLFLOW_SERVER)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,mlflow]"
 	$(BIN)/python -m pytest -m mlflow
+
+# An environment of its own: the audit is no dependency of what it audits. Strict: what PyPI does not know is no pass.
+AUDIT := $(VENV)/audit/bin/pip-audit
+$(AUDIT): $(STAMP)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check "pip-audit==2.10.1"
+	@touch $@
+
+audit: $(AUDIT)
+	$(AUDIT) --strict --no-deps --disable-pip -r constraints.txt $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
