@@ -211,23 +211,21 @@ def _prepare(engine: Engine) -> None:
         cursor = connection.connection.cursor()
         cursor.execute("PRAGMA busy_timeout=0")
         try:
-            while not _began(cursor, begin):
-                if time.monotonic() > deadline:
-                    connection.exec_driver_sql(begin)  # raises as every statement does
-                    return
+            while (began := _try(cursor, begin)) is False and time.monotonic() < deadline:
                 time.sleep(random.uniform(0.0005, 0.002))
+            if not began:
+                connection.exec_driver_sql(begin)  # by SQLAlchemy, so that what fails is one of its errors
         finally:
             cursor.execute(f"PRAGMA busy_timeout={SQLITE_BUSY_SECONDS * 1000}")
             cursor.close()
 
 
-def _began(cursor: DBAPICursor, begin: str) -> bool:
+def _try(cursor: DBAPICursor, begin: str) -> bool | None:
+    """Whether the transaction began; False: another writer has the lock; None: something else is in the way."""
     try:
         cursor.execute(begin)
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
-            return False
-        raise
+    except sqlite3.Error as error:
+        return False if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY else None
     return True
 
 

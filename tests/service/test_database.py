@@ -174,3 +174,15 @@ def test_every_connection_notices_a_dead_network(database: SyncDatabase) -> None
         parameters = driver.info.get_parameters()
     assert parameters["tcp_user_timeout"] == "30000"
     assert parameters["connect_timeout"] == "10"
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_the_database(tmp_path: Path) -> None:
+    """As every other: a worker goes on, a request gets 503."""
+    file = tmp_path / "orthokv.db"
+    url = f"sqlite:///{file}"
+    upgrade(url)
+    database = SyncDatabase(f"sqlite:///file:{file}?mode=ro&uri=true")
+    assert database.read(lambda session: session.execute(text("SELECT 1")).scalar_one()) == 1
+    with pytest.raises(OperationalError, match="readonly"):
+        database.write(lambda session: session.execute(text("DELETE FROM job")))
+    database.close()
