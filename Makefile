@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo     run the main job end to end on the small model in demo/ (embedded: SQLite, no broker)"
 	@echo "make test     run the tests, on SQLite and on Postgres"
-	@echo "make test-slow    run the tests that take minutes: generated requests over the whole API, a cost model fitted to real jobs"
+	@echo "make test-slow    run the tests that take minutes: generated requests over the whole API, orders of events, real processes, fits of real jobs"
 	@echo "make test-crash   run the tests that kill workers, servers and brokers"
 	@echo "make chaos    ten minutes of random faults, then the reckoning; ARGS=\"--minutes 30 --seed 7 ...\""
 	@echo "make test-mlflow  run the tests against a real MLflow server (installs one)"

@@ -15,6 +15,7 @@ import ssl
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import httpcore2
@@ -111,6 +112,12 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(one[4][0]) for one in found))
 
 
+@cache
+def _public_tls() -> ssl.SSLContext:
+    """Read once: the list of authorities takes 30 ms."""
+    return httpx2.create_ssl_context()
+
+
 class Outbound:
     """Checks URLs and posts to them. Safe to use from several threads.
 
@@ -128,7 +135,7 @@ class Outbound:
         self._private = frozenset(host.lower().strip("[]") for host in private_hosts)
         self._timeout = timeout_seconds
         self._resolve = resolve
-        self._ssl = ssl_context or httpx2.create_ssl_context()
+        self._ssl = ssl_context or _public_tls()
 
     def check(self, text: str) -> httpx2.URL:
         """The parsed URL. Raises `UrlRefused`; asks no name server."""

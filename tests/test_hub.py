@@ -30,6 +30,8 @@ from orthokv.source import resolve_model
 from tests.hub import Hub, Repo, serve_hub
 from tests.tiny import tiny_folder, tiny_model, tiny_profile, tiny_tokens
 
+pytestmark = pytest.mark.slow  # real processes, one after the other
+
 REPO = "team/small-cache"
 MEASURED = {
     "perplexity": 12.5,

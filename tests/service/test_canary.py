@@ -23,6 +23,8 @@ from tests.server import Server, until
 from tests.service.factories import Script, job_body
 from tests.service.tenants import bearer, new_key
 
+pytestmark = pytest.mark.slow  # real processes, one after the other
+
 RUNNER = Path(__file__).with_name("scripted_runner.py")
 URL_TOKEN = "the token in a URL"
 

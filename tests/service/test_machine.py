@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -36,6 +37,8 @@ from tests.service.factories import (
     queue_job,
     read_job,
 )
+
+pytestmark = pytest.mark.slow
 
 picks = st.integers(0, 1 << 16)
 

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from tests.server import REPOSITORY, Server, until
 from tests.servers import free_port
 from tests.service.factories import job_body
+
+pytestmark = pytest.mark.slow  # real processes, one after the other
 
 
 def test_the_receiver_of_the_documentation_verifies_and_takes_each_message_once(tmp_path: Path) -> None:
