@@ -201,8 +201,9 @@ def _prepare(engine: Engine) -> None:
     def on_begin(connection: Connection) -> None:
         # A deferred transaction that turns writer fails at once when another wrote meanwhile, whatever
         # busy_timeout says.
-        begin = f"BEGIN {connection.get_execution_options().get('sqlite_begin', 'IMMEDIATE')}"
-        if begin.endswith("DEFERRED"):
+        kind = connection.get_execution_options().get("sqlite_begin", "IMMEDIATE")
+        begin = f"BEGIN {kind}"
+        if kind == "DEFERRED":
             connection.exec_driver_sql(begin)
             return
         # SQLite's own waiting asks ever more rarely, down to ten times a second: who came late wins, and a

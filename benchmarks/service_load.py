@@ -50,8 +50,8 @@ CLAIMERS, CLAIMING_PROCESSES = 64, 4
 COMMITTERS, COMMITS_PER_SECOND = 8, 80.0
 STREAMS = 500
 PAGE = 20
-# Requests a second. A read costs the API 4 to 5 ms of one core, so that one process answers some 200 a second; client and
-# database share the two cores with it. A thousand a second need six processes and as many cores.
+# Requests a second, within what one API process can answer: a read costs it 3 to 4 ms of one core, and client and
+# database share the two cores with it.
 RATES = {"sqlite": {"get": 200.0, "post": 20.0}, "postgres": {"get": 150.0, "post": 20.0}}
 
 
@@ -179,12 +179,10 @@ def _claim_often(
     start = time.perf_counter() + 3.0
 
     def claimer(number: int) -> None:
-        _claim(
-            database, f"claimer-{process}-{number}"
-        )  # a worker that waits is connected, its statements are made
-        due = (
-            start + interval * (number * CLAIMING_PROCESSES + process) / CLAIMERS
-        )  # workers poll out of step
+        # Before the clock starts: a worker that waits is connected, and its statements are made.
+        _claim(database, f"claimer-{process}-{number}")
+        # Workers poll out of step, those of different processes too.
+        due = start + interval * (number * CLAIMING_PROCESSES + process) / CLAIMERS
         while due < start + seconds:
             time.sleep(max(0.0, due - time.perf_counter()))
             began = time.perf_counter()

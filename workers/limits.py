@@ -49,7 +49,7 @@ class Limits:
     memory_bytes: int | None
     seconds: float | None
     file_bytes: int
-    network: bool = True
+    network: bool
 
     @classmethod
     def of(cls, settings: Settings, step: StepName) -> Limits:
@@ -99,11 +99,13 @@ class Watchdog:
 
 def require_isolation() -> None:
     """Raises `CannotIsolate`, before any job meets it."""
+    refused = "ORTHOKV_ISOLATE_STEPS cannot be kept here"
+    if sys.platform != "linux":
+        raise CannotIsolate(f"{refused}: this is no Linux")
     command = [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), "NETWORK=0", "true"]
     tried = subprocess.run(command, check=False, capture_output=True, text=True)
-    if sys.platform != "linux" or tried.returncode != 0:
-        reason = tried.stderr.strip().rpartition("\n")[2] or "this is no Linux"
-        raise CannotIsolate(f"ORTHOKV_ISOLATE_STEPS cannot be kept here: {reason}")
+    if tried.returncode != 0:
+        raise CannotIsolate(f"{refused}: {tried.stderr.strip().rpartition(chr(10))[2]}")
 
 
 def memory_of_session(session: int) -> int:

@@ -5,7 +5,7 @@ Locks are taken job first, then endpoint, then delivery; a claim locks deliverie
 
 from __future__ import annotations
 
-from sqlalchemy import delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
 from app.database import clock, now
@@ -114,13 +114,7 @@ def claim_due(session: Session, *, lease_seconds: float) -> tuple[WebhookDeliver
     statement = (
         select(WebhookDelivery, WebhookEndpoint)
         .join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
-        .where(
-            WebhookDelivery.status == "pending",
-            WebhookDelivery.next_attempt_at <= now(),
-            or_(WebhookDelivery.lease_expires_at.is_(None), WebhookDelivery.lease_expires_at <= now()),
-            WebhookEndpoint.enabled,
-            ~busy,
-        )
+        .where(_waits_for_a_sender(), WebhookEndpoint.enabled, ~busy)
         .order_by(WebhookDelivery.next_attempt_at, WebhookDelivery.id)
         .limit(1)
         .with_for_update(of=WebhookDelivery, skip_locked=True)
@@ -148,13 +142,19 @@ def anything_due(session: Session) -> bool:
 
 def count_due(session: Session) -> tuple[int, float]:
     """Deliveries that could be sent now and that nobody sends: how many, and for how many seconds the oldest has waited."""
-    statement = select(func.count(), func.min(WebhookDelivery.next_attempt_at)).where(
+    oldest_first = func.min(WebhookDelivery.next_attempt_at)
+    statement = select(func.count(), oldest_first).where(_waits_for_a_sender())
+    count, oldest = session.execute(statement).one()
+    return count, 0.0 if oldest is None else max(0.0, (clock(session) - oldest).total_seconds())
+
+
+def _waits_for_a_sender() -> ColumnElement[bool]:
+    """Due, and under nobody's lease."""
+    return and_(
         WebhookDelivery.status == "pending",
         WebhookDelivery.next_attempt_at <= now(),
         or_(WebhookDelivery.lease_expires_at.is_(None), WebhookDelivery.lease_expires_at <= now()),
     )
-    count, oldest = session.execute(statement).one()
-    return count, 0.0 if oldest is None else max(0.0, (clock(session) - oldest).total_seconds())
 
 
 def succeeded_since(session: Session, delivery: WebhookDelivery) -> bool:

@@ -99,10 +99,11 @@ def test_a_child_is_confined(database: SyncDatabase, settings: Settings, script:
 def test_steps_have_no_network_where_they_shall_have_none(
     database: SyncDatabase, settings: Settings, script: Script, isolate: bool
 ) -> None:
-    try:
-        require_isolation()
-    except CannotIsolate as refused:
-        pytest.skip(str(refused))
+    if isolate:
+        try:
+            require_isolation()
+        except CannotIsolate as refused:
+            pytest.skip(str(refused))
     job = run_to_end(database, settings.model_copy(update={"isolate_steps": isolate}), queue_job(database).id)
     assert job.status == JobStatus.SUCCEEDED
     for run in script.runs():
