@@ -228,10 +228,13 @@ class Storage:
         """
         before = (datetime.now(UTC) - age).timestamp()
         count = 0
-        for path in self._root.rglob("*") if self._root is not None else ():
-            if _STAGING.search(path.name) and path.stat().st_mtime < before:
-                path.unlink(missing_ok=True)
-                count += 1
+        # `os.walk` passes over folders that go while it walks, as they do here.
+        for folder, _, names in os.walk(self._root) if self._root is not None else ():
+            for path in (Path(folder, name) for name in names if _STAGING.search(name)):
+                with contextlib.suppress(FileNotFoundError):  # its writer has finished since
+                    if path.stat().st_mtime < before:
+                        path.unlink()
+                        count += 1
         return count
 
     def _chunks(self, key: str) -> Iterator[bytes]:

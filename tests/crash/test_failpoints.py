@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import pytest
@@ -146,13 +149,23 @@ class Client:
         return dataset
 
 
+def plant_orphan(fleet: dict[str, str]) -> None:
+    """An object that no row refers to, older than what may still get one."""
+    path = Path(urlsplit(fleet["ORTHOKV_STORAGE_URL"]).path, "datasets", "ds_gone", "up_gone")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"orphan")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(path, (two_days_ago, two_days_ago))
+
+
 @pytest.mark.parametrize("fleet", ["postgres"], indirect=True)
 @pytest.mark.parametrize("name", [*failpoints.API, "transition.recorded"])
 def test_a_kill_of_the_api(fleet: dict[str, str], tmp_path: Path, name: str) -> None:
     fired = tmp_path / "fired"
     data = {"ORTHOKV_DATA_DIR": str(tmp_path / "api")}
     if name == "reaper.orphans":
-        data |= {"ORTHOKV_ORPHAN_HOURS": "0.000001", "ORTHOKV_ORPHAN_SWEEP_SECONDS": "0.2"}
+        plant_orphan(fleet)
+        data["ORTHOKV_ORPHAN_SWEEP_SECONDS"] = "0.2"
     with ExitStack() as stack:
 
         def start(environment: dict[str, str]) -> Api:
@@ -160,7 +173,6 @@ def test_a_kill_of_the_api(fleet: dict[str, str], tmp_path: Path, name: str) -> 
 
         first = start(armed(fleet, fired, name))
         client = Client(first, lambda: start(fleet))
-        # The second upload of a dataset leaves the first one's object to the sweep.
         dataset = client.upload(b"calibration text", times=2)
         body = job_body(dataset={"id": dataset, "num_samples": 4, "sequence_length": 64})
         answers = [client.send("POST", "/v1/jobs", json=body).json()["id"] for _ in range(2)]
