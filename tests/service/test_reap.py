@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from typing import Any
 
 import pytest
 import structlog
+from sqlalchemy import event
 
 from app.database import SyncDatabase
+from app.jobs.dispatch import LocalDispatcher
+from app.jobs.reaper import Reaper
 from app.jobs.vocabulary import JobStatus
 from app.logs import configure
 from app.settings import Settings
+from app.storage import Storage
 from tests.service.factories import expire, must_claim, queue_job, read_job
 from tests.service.test_supervisor import running, until
 
@@ -41,3 +47,26 @@ def test_a_log_on_a_full_disk_ends_nobody(monkeypatch: pytest.MonkeyPatch) -> No
         structlog.get_logger("test").error("something.happened")
     finally:
         structlog.configure(**before)
+
+
+# These hold running and ready steps only.
+_OF_OPEN_STEPS = ("ix_step_lease", "ix_step_ready")
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_no_repair_walks_the_jobs_that_ended(
+    database: SyncDatabase, settings: Settings, storage: Storage
+) -> None:
+    plans: list[str] = []
+
+    def explain(connection: Any, _cursor: Any, statement: str, values: Any, *_: Any) -> None:
+        found = connection.connection.execute(f"EXPLAIN QUERY PLAN {statement}", values)
+        plans.extend(row[3] for row in found)
+
+    sweep = Reaper(database, storage, LocalDispatcher(settings.wake_file), settings).sweep
+    sweep()  # what only the first one does
+    event.listen(database.engine, "before_cursor_execute", explain)
+    sweep()
+    walks = [plan for plan in plans if re.match(r"SCAN (job|step|event|artifact)\b", plan)]
+    assert plans
+    assert [plan for plan in walks if not plan.endswith(_OF_OPEN_STEPS)] == []
