@@ -7,6 +7,10 @@ goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -23,6 +27,7 @@ from benchmarks.bench import (
     rows_of,
     shares,
 )
+from benchmarks.merge import merge
 from orthokv.allocate import Allocation, allocate
 from orthokv.basis import KEY_MODES, KeyMode
 from orthokv.budget import Budget
@@ -93,6 +98,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--profiles", type=Path, help="a folder that keeps every fit, so that a broken run need not repeat it"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="fits at a time, each in a process of its own: several fill a large GPU that one small model does not",
+    )
     return parser.parse_args()
 
 
@@ -113,7 +124,7 @@ def main() -> None:
     bench = Bench.load(given.model, given.device, given.dtype)
     out: Path = given.out or RESULTS / f"quality-{bench.name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    blocks = bench.calibration(parts, settings, keep=out.with_suffix(".calibration.safetensors"))
+    blocks = bench.calibration(parts, settings, keep=calibration_of(out))
     evaluation = {
         name: bench.evaluation(path, given.eval_samples, given.sequence_length)
         for name, path in texts.items()
@@ -135,15 +146,73 @@ def main() -> None:
             "texts": {name: {"blocks": len(b), "digest": b.digest} for name, b in evaluation.items()},
         },
     )
+    fits = [
+        (text, mode, seed)
+        for text, choice in choices.items()
+        for mode in given.key_modes.split(",")
+        for seed in (given.seeds.split(",") if METHODS[choice.method].learned else "0")
+    ]
+    if given.processes > 1:
+        show(measure_apart(results, fits, given.processes))
+        return
     run = Run(bench, results, settings, blocks, evaluation, shares(given.kept), given.profiles)
-    for text, choice in choices.items():
-        for mode in given.key_modes.split(","):
-            rules: list[str] = given.allocations.split(",") if given.allocations else ["knapsack"]
-            if not given.allocations and mode == "pre":
-                rules += RULES.get(text, ())
-            for seed in map(int, given.seeds.split(",") if METHODS[choice.method].learned else "0"):
-                run.measure(choice, cast(KeyMode, mode), seed, cast("list[Allocation]", rules))
+    for text, mode, seed in fits:
+        rules: list[str] = given.allocations.split(",") if given.allocations else ["knapsack"]
+        if not given.allocations and mode == "pre":
+            rules += RULES.get(text, ())
+        run.measure(choices[text], cast(KeyMode, mode), int(seed), cast("list[Allocation]", rules))
     show(results)
+
+
+def measure_apart(results: Results, fits: list[tuple[str, str, str]], processes: int) -> Results:
+    """Every fit by this same command in a process of its own, so many at a time; then all their rows in one file.
+
+    Ends the program where one of them fails; what the others measured stays, and the same command goes on from there.
+    """
+    out = results.path
+    folder = out.with_suffix(".parts")
+    folder.mkdir(exist_ok=True)
+
+    def measure(fit: tuple[str, str, str]) -> Path:
+        text, mode, seed = fit
+        part = folder / f"{'-'.join(fit).replace(':', '-')}.json"
+        shutil.copyfile(calibration_of(out), calibration_of(part))
+        if out.is_file() and not part.is_file():
+            shutil.copyfile(out, part)  # what is measured is not measured again
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.quality",
+            *sys.argv[1:],
+            "--processes",
+            "1",
+            "--out",
+            str(part),
+        ]
+        command += ["--methods", text, "--key-modes", mode, "--seeds", seed]
+        with part.with_suffix(".log").open("w") as log:
+            ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        print(f"{text} {mode} seed {seed}: exit code {ended.returncode}", flush=True)
+        if ended.returncode:
+            raise subprocess.CalledProcessError(ended.returncode, command)
+        return part
+
+    with ThreadPoolExecutor(processes) as pool:
+        # Slow ones are the last of the list: they begin first, so that none is left over at the end.
+        begun = [pool.submit(measure, fit) for fit in reversed(fits)]
+    failed = sum(future.exception() is not None for future in begun)
+    if failed:
+        sys.exit(
+            f"{failed} of {len(fits)} fits failed: see the logs in {folder}, and run the same command again"
+        )
+    merged = merge(out, [future.result() for future in reversed(begun)])
+    shutil.rmtree(folder)
+    return merged
+
+
+def calibration_of(out: Path) -> Path:
+    """The calibration tokens beside a result file."""
+    return out.with_suffix(".calibration.safetensors")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import ablation, quality, report
 from benchmarks.bench import Bench, Results, named_files, need_shared
@@ -84,6 +85,36 @@ def test_a_broken_run_ends_with_the_figures_of_an_unbroken_one(
 
     run(monkeypatch, quality.main, *quality_arguments(folder, texts, out))
     assert json.loads(out.read_text()) == again  # the seconds too: nothing was fitted again
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_finds(
+    tmp_path: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, one, several = tiny_folder(tmp_path, "llama"), tmp_path / "one.json", tmp_path / "several.json"
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # sums depend on it
+
+    def measure(out: Path, *more: object) -> dict[str, Any]:
+        methods = ["--methods", "eigen:head,stiefel:joint", "--key-modes", "pre", *more]
+        run(monkeypatch, quality.main, *quality_arguments(folder, texts, out), *methods)
+        found: dict[str, Any] = json.loads(out.read_text())
+        return {**found, "rows": [{**row, "seconds": 0} for row in found["rows"]]}
+
+    assert measure(several, "--processes", 2) == measure(one)
+    assert not several.with_suffix(".parts").exists()
+
+
+@pytest.mark.slow
+def test_a_fit_that_fails_in_its_process_ends_the_run_and_loses_no_other(
+    tmp_path: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tiny_folder(tmp_path, "llama"), tmp_path / "q.json"
+    parts = out.with_suffix(".parts")
+    (parts / "eigen-tied-pre-0.json").mkdir(parents=True)  # no file can be written in its place
+    methods = ["--methods", "eigen:tied,eigen:head", "--key-modes", "pre", "--processes", 2]
+    with pytest.raises(SystemExit, match="1 of 2 fits failed"):
+        run(monkeypatch, quality.main, *quality_arguments(folder, texts, out), *methods)
+    assert len(json.loads((parts / "eigen-head-pre-0.json").read_text())["rows"]) == 2
 
 
 def test_kept_fits_are_used_again(tmp_path: Path, texts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
