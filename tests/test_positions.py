@@ -315,6 +315,7 @@ def test_refinement_runs_the_model_where_the_blocks_begin(
         return own(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", noted)
+    monkeypatch.setattr("orthokv.refine.PATIENCE", 10)  # on random tokens no step need be progress
     calibration, checks = tiny_blocks(4).placed([0, 11, 22, 33]), tiny_blocks(2, seed=1).placed([44, 55])
     refine(model, profile, calibration, [checks], Refinement(4), 0)
     assert seen == {0, 11, 22, 33, 44, 55}

@@ -256,12 +256,14 @@ def tiny_blocks(samples: int = 4, length: int = 16, seed: int = 0) -> Blocks:
     return Blocks.of(tiny_tokens(samples, length, seed), f"tiny tokens (seed {seed})")
 
 
-def tiny_profile(folder: Path, **settings: Any) -> ErrorProfile:
-    """The profile of a model on disk (see :func:`tiny_folder`), by the closed form unless ``settings`` say otherwise."""
+def tiny_profile(folder: Path, blocks: Blocks | None = None, **settings: Any) -> ErrorProfile:
+    """The profile of a model on disk (see :func:`tiny_folder`), by the closed form unless ``settings`` say otherwise, on
+    random tokens unless ``blocks`` are others.
+    """
     chosen = FitSettings(
         **{"method": "eigen", "num_samples": 4, "sequence_length": 16, "profile_samples": 1, **settings}
     )
     source = resolve_model(str(folder))
     model = load_model(source)
-    blocks = tiny_blocks(chosen.num_samples, chosen.sequence_length)
+    blocks = blocks or tiny_blocks(chosen.num_samples, chosen.sequence_length)
     return build_profile(model, source, blocks, list(fit_layers(model, blocks, chosen)), chosen)
