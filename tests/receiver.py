@@ -54,7 +54,13 @@ class Receiver:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
+                length = int(self.headers["content-length"])
+                body = self.rfile.read(length)
+                if (
+                    len(body) < length
+                ):  # its sender was killed while it sent: no request that anybody would answer
+                    self.close_connection = True
+                    return
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 receiver.requests.append(Request(self.path, headers, body))
                 reply = receiver.replies.pop(0) if receiver.replies else receiver.default
