@@ -56,9 +56,8 @@ class Receiver:
             def do_POST(self) -> None:
                 length = int(self.headers["content-length"])
                 body = self.rfile.read(length)
-                if (
-                    len(body) < length
-                ):  # its sender was killed while it sent: no request that anybody would answer
+                if len(body) < length:
+                    # Its sender was killed while it sent: no request that anybody would answer.
                     self.close_connection = True
                     return
                 headers = {name.lower(): value for name, value in self.headers.items()}

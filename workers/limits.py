@@ -105,7 +105,8 @@ def require_isolation() -> None:
     command = [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), "NETWORK=0", "true"]
     tried = subprocess.run(command, check=False, capture_output=True, text=True)
     if tried.returncode != 0:
-        raise CannotIsolate(f"{refused}: {tried.stderr.strip().rpartition(chr(10))[2]}")
+        _, _, reason = tried.stderr.strip().rpartition("\n")
+        raise CannotIsolate(f"{refused}: {reason}")
 
 
 def memory_of_session(session: int) -> int:

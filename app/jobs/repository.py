@@ -234,10 +234,13 @@ def lock_step(session: Session, *, step_id: str, fence: int, overdue: bool = Fal
 
 def lost_steps(session: Session, *, owner: str | None = None) -> list[tuple[str, str, int]]:
     """(job, step, fence) of leases that ran out, or of every lease of a worker known to be dead; by job."""
-    # Both name the column of `ix_step_lease`, the index over running steps.
-    owned = (Step.lease_expires_at.is_not(None), Step.lease_owner == owner)
-    overdue = (Step.lease_expires_at < now(),) if owner is None else owned
-    statement = select(Step.job_id, Step.id, Step.fence).where(Step.status == StepStatus.RUNNING, *overdue)
+    lost = Step.lease_expires_at < now() if owner is None else Step.lease_owner == owner
+    statement = select(Step.job_id, Step.id, Step.fence).where(
+        Step.status == StepStatus.RUNNING,
+        # Always so; it leads to `ix_step_lease`, the index over running steps.
+        Step.lease_expires_at.is_not(None),
+        lost,
+    )
     # Sorted here: for an ORDER BY, SQLite would walk every step that there ever was in its order, under the write lock.
     return sorted((row[0], row[1], row[2]) for row in session.execute(statement))
 
