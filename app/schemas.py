@@ -74,6 +74,15 @@ RankMultiple = Annotated[
     ),
 ]
 
+PolishSteps = Annotated[
+    Annotated[int, Field(ge=0, le=1_000_000)] | None,
+    Field(
+        description="Steps of a refinement of the bases at the ranks of this checkpoint's plan, before it is packed; "
+        "0: none, the profile's own bases; absent: half as many as the profile was refined with. "
+        "A `layer_error` budget is met by the profile's own bases and takes none."
+    ),
+]
+
 
 class Budget(Body):
     """How much may be lost, or kept."""
@@ -97,6 +106,12 @@ class Budget(Body):
         if self.metric == "kept" and self.value > 1:
             raise ValueError("kept is a share and must be at most 1")
         return self
+
+
+def refuse_polish(budget: Budget, polish_steps: int | None) -> None:
+    """Raises `ValueError` where a polish is asked for that is never made."""
+    if polish_steps and budget.metric == "layer_error":
+        raise ValueError("a layer_error budget is not polished: polish_steps must be 0 or absent")
 
 
 Form = Annotated[

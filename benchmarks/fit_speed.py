@@ -157,7 +157,7 @@ def measure(model: LlamaForCausalLM, shape: Shape, settings: FitSettings, *, who
         with (
             watch.watching(pipeline, "weight_fingerprints", "weight fingerprints"),
             watch.watching(pipeline, "sensitivities", "sensitivities"),
-            watch.watching(pipeline, "_second_domain", "text the model writes"),
+            watch.watching(pipeline, "watched_texts", "text the model writes"),
             watch.watching(pipeline, "refine", "refinement"),
             watch.watching(pipeline, "measure_errors", "error surface after the refinement"),
         ):

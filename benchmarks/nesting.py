@@ -3,7 +3,8 @@
     python -m benchmarks.nesting MODEL --kept 0.5,0.25 --seeds 0,1,2 --out results.json
 
 Both start from the same layer-wise bases and have the same plan; the last stage then trains plans of many budgets in turn, or
-the plan of that one budget in every step. What nesting costs is the difference of their increases of perplexity.
+the plan of that one budget in every step. What nesting costs is the difference of their increases of perplexity. In between is
+what a checkpoint gets: many budgets in turn, then a short polish of its own plan.
 """
 
 from __future__ import annotations
@@ -23,16 +24,21 @@ from orthokv.compare import MethodChoice
 from orthokv.dataset import Blocks
 from orthokv.evaluate import quality
 from orthokv.pipeline import FitSettings, device_name, planned_bases
+from orthokv.polish import STEPS_SHARE, polish
 from orthokv.profile import ErrorProfile
 from orthokv.refine import Refinement, refine
 from orthokv.wording import markdown
 
-NAMES = {"all": "many budgets in turn", "one": "that budget alone"}
+NAMES = {
+    "all": "many budgets in turn",
+    "polished": "many budgets in turn, then that budget's plan",
+    "one": "that budget alone",
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One fit at one budget. ``trained`` is ``all`` (nested) or ``one``; ``increase`` of perplexity is relative."""
+    """One fit at one budget. ``trained`` is a key of :data:`NAMES`; ``increase`` of perplexity is relative."""
 
     seed: int
     kept: float
@@ -56,20 +62,27 @@ def run(
     plans = {kept: allocate(start, Budget("kept", kept)) for kept in budgets}
     found: list[Case] = []
 
-    def measure(stage: Refinement, trained: str, kept_shares: list[float]) -> None:
-        refined, _ = refine(bench.model, start, fitting, [held_out], stage, settings.seed)
-        for kept in kept_shares:
-            increase, kl = _quality(bench, refined, plans[kept], evaluation)
-            found.append(Case(settings.seed, kept, trained, stage.steps, increase, kl))
-            print(
-                f"seed {settings.seed} kept {kept:g} {trained} {stage.steps}: {increase:+.4f}, KL {kl:.4f}",
-                flush=True,
-            )
+    def measure(profile: ErrorProfile, trained: str, count: int, kept: float) -> None:
+        increase, kl = _quality(bench, profile, plans[kept], evaluation)
+        found.append(Case(settings.seed, kept, trained, count, increase, kl))
+        print(
+            f"seed {settings.seed} kept {kept:g} {trained} {count}: {increase:+.4f}, KL {kl:.4f}", flush=True
+        )
+
+    def refined(count: int, plan: Plan | None = None) -> ErrorProfile:
+        stage = Refinement(count)
+        return refine(bench.model, start, fitting, [held_out], stage, settings.seed, plan=plan)[0]
 
     for count in steps:
-        measure(Refinement(count), "all", budgets)
+        nested = refined(count)
+        for kept in budgets:
+            measure(nested, "all", count, kept)
+            if count == steps[0]:
+                more = int(STEPS_SHARE * count)
+                polished = polish(bench.model, nested, plans[kept], calibration, more)
+                measure(polished, "polished", count + more, kept)
     for kept in budgets:
-        measure(Refinement(steps[0], kept=kept), "one", [kept])
+        measure(refined(steps[0], plans[kept]), "one", steps[0], kept)
     return found
 
 

@@ -31,7 +31,7 @@ from benchmarks.merge import merge
 from orthokv.allocate import Allocation, allocate
 from orthokv.basis import KEY_MODES, KeyMode
 from orthokv.budget import Budget
-from orthokv.compare import MethodChoice, measure_plan
+from orthokv.compare import MethodChoice, measure_plan, polish_profile
 from orthokv.dataset import Blocks
 from orthokv.errors import BudgetUnreachable, UnsupportedModel
 from orthokv.methods import METHODS
@@ -53,6 +53,7 @@ METHOD_LIST = (
     "weighted:joint",
     "stiefel:joint",
     "oblique:joint",
+    "oblique:joint:polish_steps=0",
     "stiefel:tied",
     "stiefel:head",
     "stiefel:tied:predictor",
@@ -247,19 +248,19 @@ class Run:
         except UnsupportedModel as error:
             self.results.refuse(str(error), **fit)
             return
-        for rule, share, text in todo:
-            what = {**fit, "seed": seed, "allocation": rule, "kept_asked": share}
-            if self.results.has(**what, text=text):  # refused for an earlier text
-                continue
+        for rule, share in dict.fromkeys((rule, share) for rule, share, _ in todo):
             try:
                 plan = allocate(profile, Budget("kept", share), rule)
             except BudgetUnreachable as error:
-                self.results.refuse(str(error), **what)
+                self.results.refuse(str(error), **fit, seed=seed, allocation=rule, kept_asked=share)
                 continue
-            blocks = self.evaluation[text]
-            self.results.add(
-                measure_plan(self.bench.model, profile, plan, blocks, choice, seconds=seconds, text=text)
-            )
+            model = self.bench.model
+            polished, more = polish_profile(model, profile, plan, self.blocks, choice)
+            for text in [text for *of, text in todo if of == [rule, share]]:
+                blocks = self.evaluation[text]
+                self.results.add(
+                    measure_plan(model, polished, plan, blocks, choice, seconds=seconds + more, text=text)
+                )
 
 
 def show(results: Results) -> None:

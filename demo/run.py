@@ -148,7 +148,7 @@ def main() -> None:
                 url,
             )
 
-            say("4. A second budget from the stored profile: no fitting")
+            say("4. A second budget from the stored profile: no fit, only a polish at its ranks")
             began = time.monotonic()
             assert job.result is not None
             assert job.result.profile_id is not None

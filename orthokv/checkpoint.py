@@ -138,10 +138,14 @@ def write_checkpoint(
     form: Form = "adapter",
     base: ModelSource | None = None,
     codec: str = DEFAULT_CODEC,
+    polished: ErrorProfile | None = None,
 ) -> Checkpoint:
     """Write a checkpoint into a new folder and return it as read back.
 
     Args:
+        polished: the profile with bases made better at this plan's ranks (:func:`orthokv.polish.polish`), which the
+            checkpoint gets; None: those of the profile. The profile in the checkpoint is always the one that serves every
+            budget.
         base: the base model's files; needed for ``form="full"``. Where given, it must be the profile's.
 
     Raises:
@@ -159,14 +163,15 @@ def write_checkpoint(
         raise CheckpointMismatch(
             f"the profile was made from another model than {base.id} (their digests differ)"
         )
-    bases = [layer.bases(*ranks) for layer, ranks in zip(profile.layers, plan.ranks, strict=True)]
+    fitted = profile if polished is None else polished
+    bases = [layer.bases(*ranks) for layer, ranks in zip(fitted.layers, plan.ranks, strict=True)]
     with new_folder(out) as folder:
         if form == "full":
             assert base is not None
             _copy_base(base, folder, profile)
         save_file(_tensors(bases), folder / TENSORS)
         profile.save(folder)
-        config = _config(profile, plan, bases, form=form, codec=codec)
+        config = _config(fitted, plan, bases, form=form, codec=codec)
         write_described(folder, config)
         read_checkpoint(folder)
     return read_checkpoint(out)

@@ -169,6 +169,12 @@ def compress(
     positions: Positions = None,
     field: Field = "text",
     form: FormOption = "adapter",
+    polish_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of a refinement at the chosen ranks; 0 leaves it out (default: half of the refinement's own)."
+        ),
+    ] = None,
     seed: int = 0,
     device: Device = "auto",
     streaming: StreamingOption = "auto",
@@ -214,6 +220,7 @@ def compress(
             settings,
             grid=_grid(rank_multiple, rank_choices),
             form=form,  # type: ignore[arg-type]
+            polish_steps=polish_steps,
             device=device,
             streaming=streaming,  # type: ignore[arg-type]
             report=report,
@@ -398,7 +405,7 @@ def plan(
     model: Annotated[str | None, typer.Option(help="The base model's files, for --form full.")] = None,
     revision: Revision = None,
 ) -> None:
-    """Make another checkpoint from a stored profile: seconds, no fitting, no model."""
+    """Make another checkpoint from a stored profile, of its own bases: seconds, no fitting, no polish, no model."""
     from orthokv.allocate import allocate
     from orthokv.checkpoint import write_checkpoint
     from orthokv.profile import ErrorProfile

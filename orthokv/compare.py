@@ -21,8 +21,10 @@ from orthokv.geometry import AttentionGeometry
 from orthokv.grouping import sharings_of
 from orthokv.methods import METHODS
 from orthokv.pipeline import FitSettings, build_profile, device_name, fit_layers, planned_bases
+from orthokv.polish import polish
 from orthokv.profile import ErrorProfile
 from orthokv.progress import Reporter, Step, silent
+from orthokv.refine import can_refine, check_steps
 from orthokv.results import ComparisonRow
 from orthokv.source import ModelSource
 
@@ -64,7 +66,8 @@ class MethodChoice:
     def settings(self, base: FitSettings) -> FitSettings:
         """``base`` with this method, which takes from it only the hyper-parameters that it has."""
         fields = METHODS[self.method].__dataclass_fields__ if self.method in METHODS else {}
-        options = dict(self.options)
+        check_steps("polish_steps", self.polish_steps)
+        options = {name: value for name, value in self.options if name != "polish_steps"}
         return replace(
             base,
             method=self.method,
@@ -75,6 +78,11 @@ class MethodChoice:
             refine_steps=options.pop("refine_steps", base.refine_steps),
             options=options,
         )
+
+    @property
+    def polish_steps(self) -> int | None:
+        """Of what its checkpoints are polished with (:func:`orthokv.polish.polish`)."""
+        return dict(self.options).get("polish_steps")
 
     def __str__(self) -> str:
         said = [] if self.parameterisation is None else [self.parameterisation]
@@ -106,6 +114,20 @@ def fit_profile(
     layers = list(fit_layers(model, blocks, settings, report=report))
     profile = build_profile(model, source, blocks, layers, settings, report)
     return profile, time.perf_counter() - start
+
+
+def polish_profile(
+    model: PreTrainedModel,
+    profile: ErrorProfile,
+    plan: Plan,
+    blocks: Blocks,
+    choice: MethodChoice,
+    report: Reporter = silent,
+) -> tuple[ErrorProfile, float]:
+    """What a checkpoint of a plan would be written from, and the seconds that it takes more than the profile."""
+    start = time.perf_counter()
+    polished = polish(model, profile, plan, blocks, choice.polish_steps, report)
+    return polished, 0.0 if polished is profile else time.perf_counter() - start
 
 
 def measure_plan(
@@ -156,7 +178,7 @@ def compare_methods(
     profiles: Path | None = None,
     report: Reporter = silent,
 ) -> list[ComparisonRow]:
-    """Fit every method once and measure it at every share of bytes, latents stored in 16 bits.
+    """Fit every method once and measure what its checkpoint would be at every share of bytes, latents stored in 16 bits.
 
     Args:
         profiles: an existing folder that keeps each method's profile, for other budgets later.
@@ -164,8 +186,9 @@ def compare_methods(
     budgets = [Budget("kept", share) for share in kept]
     every = [choice.settings(settings) for choice in choices]  # all settings are checked before the first fit
     geometry = AttentionGeometry.from_config(model.config)
-    for chosen in every:
+    for choice, chosen in zip(choices, every, strict=True):
         sharings_of(chosen.sharing, geometry)
+        can_refine(model, refine_steps=chosen.refine_steps, polish_steps=choice.polish_steps)
     rows: list[ComparisonRow] = []
     for n, (choice, chosen) in enumerate(zip(choices, every, strict=True)):
         name = f"{choice}:{choice.sharing}"
@@ -177,7 +200,8 @@ def compare_methods(
             profile.save(folder)
         for budget in budgets:
             plan = allocate(profile, budget, allocation)
-            rows.append(measure_plan(model, profile, plan, evaluation, choice, seconds=seconds))
+            polished, more = polish_profile(model, profile, plan, blocks, choice, _named(report, name))
+            rows.append(measure_plan(model, polished, plan, evaluation, choice, seconds=seconds + more))
     report(Step("comparing", len(choices), len(choices), "methods"))
     return rows
 

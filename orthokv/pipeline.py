@@ -23,8 +23,8 @@ from orthokv.budget import Budget
 from orthokv.capture import LayerTask, LayerWalk, view_layer
 from orthokv.checkpoint import Checkpoint, Form, record_measurements, write_checkpoint
 from orthokv.codecs import DEFAULT_CODEC, store_dtype
-from orthokv.dataset import Blocks, TextMixture, TextSource, evenly, load_blocks, self_text, starts_over
-from orthokv.errors import InvalidDataset, InvalidSetting
+from orthokv.dataset import Blocks, TextMixture, TextSource, evenly, load_blocks, self_text
+from orthokv.errors import InvalidSetting
 from orthokv.evaluate import (
     cache_size,
     quality,
@@ -36,10 +36,11 @@ from orthokv.fingerprint import weight_fingerprints
 from orthokv.geometry import AttentionGeometry, check_key_mode, check_positions
 from orthokv.grouping import fit_layer, sharings_of
 from orthokv.methods import make_method
+from orthokv.polish import check_polish, polish
 from orthokv.profile import ErrorProfile, LayerProfile, measure_layer, spread_blocks
 from orthokv.progress import Reporter, Step, counter, silent
 from orthokv.rankgrid import FREE, RankGrid
-from orthokv.refine import CHECK_BLOCKS, Refinement, refine
+from orthokv.refine import Refinement, can_refine, check_steps, refine, watched_texts
 from orthokv.repeatable import fix_workspaces
 from orthokv.runtime.attach import attach, detach
 from orthokv.source import ModelSource, load_config, load_model, load_tokenizer, resolve_device
@@ -52,7 +53,6 @@ HOLDOUT_SHARE = 8
 # Each layer's sensitivity is measured at about this share of its widths, where typical plans lie.
 SENSITIVITY_SHARE = 0.25
 SENSITIVITY_BLOCKS = 2
-SECOND_DOMAIN_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ class FitSettings:
         if self.propagate is not None and not 0 < self.propagate <= 1:
             raise InvalidSetting(f"propagate must be a share of the widths in (0, 1], not {self.propagate:g}")
         self.make_method()
-        if self.refine_steps is not None and self.refine_steps < 0:
-            raise InvalidSetting(f"refine_steps must be at least 0, not {self.refine_steps}")
+        check_steps("refine_steps", self.refine_steps)
 
     def make_method(self) -> Any:
         """The method with its hyper-parameters; :class:`InvalidSetting` where it does not have one that was given."""
@@ -347,7 +346,7 @@ def build_profile(
         if settings.refinement is not None:
             log.warning("no refinement: it needs the whole model, and %s is streamed from disk", source.id)
         return profile
-    checks = [held_out, *_second_domain(model, settings, blocks)]
+    checks = [held_out, *watched_texts(model, blocks, settings.seed)]
     refined, _ = refine(model, profile, fitting, checks, refinement, settings.seed, report)
     measured = measure_errors(model, refined, blocks, settings, report)
     measured = replace(measured, method={**profile.method, "refine_steps": refinement.steps})
@@ -360,25 +359,7 @@ def possible_refinement(model: PreTrainedModel, settings: FitSettings) -> Refine
     Raises:
         InvalidSetting: ``refine_steps`` asks for it and the model is streamed from disk.
     """
-    if streamed_weights(model) is None:
-        return settings.refinement
-    if settings.refine_steps:
-        raise InvalidSetting(
-            f"refine_steps {settings.refine_steps} needs the whole model, which is streamed from disk"
-        )
-    return None
-
-
-def _second_domain(model: PreTrainedModel, settings: FitSettings, blocks: Blocks) -> list[Blocks]:
-    """Text that the model writes itself, to watch a refinement on; none from a model without a BOS token to begin with."""
-    try:
-        length = min(settings.sequence_length, SECOND_DOMAIN_LENGTH)
-        text = self_text(model, num_samples=CHECK_BLOCKS, sequence_length=length, seed=settings.seed + 1)
-    except InvalidDataset:
-        return []
-    if not any(blocks.starts):
-        return [text]
-    return [text.placed(starts_over(blocks.positions, length, CHECK_BLOCKS))]
+    return settings.refinement if can_refine(model, refine_steps=settings.refine_steps) else None
 
 
 def measure_errors(
@@ -488,13 +469,46 @@ def make_plan(
     with Seam(model, profile.key_mode) as seam:
 
         def bound(plan: Plan) -> float:
-            found = quality(seam, planned_bases(model, profile, plan), held_out)
-            tried[plan.ranks] = Reached(found.increase, found.increase_bound)
+            tried[plan.ranks] = _reached(seam, profile, plan, held_out)
             report(Step("planning", len(tried), max(len(tried), 9), "plans"))
-            return found.increase_bound
+            return tried[plan.ranks].bound
 
         plan, _ = allocate_for_perplexity(profile, budget, bound, grid)
     return plan, tried[plan.ranks]
+
+
+def _reached(seam: Seam, profile: ErrorProfile, plan: Plan, held_out: Blocks) -> Reached:
+    found = quality(seam, planned_bases(seam.model, profile, plan), held_out)
+    return Reached(found.increase, found.increase_bound)
+
+
+def polish_plan(
+    model: PreTrainedModel,
+    profile: ErrorProfile,
+    plan: Plan,
+    reached: Reached | None,
+    blocks: Blocks,
+    steps: int | None = None,
+    report: Reporter = silent,
+) -> tuple[ErrorProfile, Reached | None]:
+    """What a checkpoint of a plan is written from (:func:`~orthokv.polish.polish`), and what it reaches where the plan did.
+
+    The profile's own bases are kept where polished ones would break the promise of a perplexity budget: the polish brings the
+    predictions closer to the uncompressed model's, which is nearly always, but not always, a lower perplexity.
+    """
+    polished = polish(model, profile, plan, blocks, steps, report)
+    if reached is None or polished is profile:
+        return polished, reached
+    _, held_out = blocks.split(profile.dataset["held_out"])
+    with Seam(model, profile.key_mode) as seam:
+        after = _reached(seam, polished, plan, held_out)
+    if after.bound <= plan.budget.value:
+        return polished, after
+    log.warning(
+        f"the polish is not taken: it would raise the bound of the perplexity's increase from {reached.bound:.4f} to "
+        f"{after.bound:.4f}, above the budget of {plan.budget.value:g}"
+    )
+    return profile, reached
 
 
 def evaluate_checkpoint(
@@ -585,14 +599,18 @@ def compress(
     *,
     grid: RankGrid = FREE,
     form: Form = "adapter",
+    polish_steps: int | None = None,
     device: str = "auto",
     streaming: Streaming = "auto",
     report: Reporter = silent,
 ) -> Compressed:
-    """Fit, plan, write a checkpoint to ``out`` and measure it on the held-out blocks.
+    """Fit, plan, polish, write a checkpoint to ``out`` and measure it on the held-out blocks.
 
     A model larger than the memory is streamed from disk (see :func:`load`); long blocks of large models can be kept there
     too, with :func:`orthokv.capture.spilled_to` around the call.
+
+    Args:
+        polish_steps: see :func:`orthokv.polish.polish`; 0: the checkpoint has the profile's own bases.
 
     Raises:
         OrthoKVError: any of its kinds; nothing is left at ``out``.
@@ -603,14 +621,16 @@ def compress(
     check_key_mode(geometry, settings.key_mode)
     calibrated_positions(geometry, settings)
     check_reachable(geometry, settings.sharing, settings.key_mode, budget, grid)
+    check_polish(budget, polish_steps)
     model = load(source, device, streaming=streaming)
-    possible_refinement(model, settings)
+    can_refine(model, refine_steps=settings.refine_steps, polish_steps=polish_steps)
     blocks = prepare_blocks(source, text, settings, model, report)
     layers = list(fit_layers(model, blocks, settings, report=report))
     profile = build_profile(model, source, blocks, layers, settings, report)
     _, held_out = blocks.split(settings.holdout)
     plan, reached = make_plan(profile, budget, grid=grid, model=model, held_out=held_out, report=report)
-    checkpoint = write_checkpoint(profile, plan, out, form=form, base=source)
+    polished, reached = polish_plan(model, profile, plan, reached, blocks, polish_steps, report)
+    checkpoint = write_checkpoint(profile, plan, out, form=form, base=source, polished=polished)
     try:
         measured = evaluate_checkpoint(model, checkpoint, held_out, report=report)
         record_measurements(out, measured)

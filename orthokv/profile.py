@@ -1,4 +1,4 @@
-"""The error-rank profile: the durable product of a fit. A new budget needs only this, no model and no GPU."""
+"""The error-rank profile: the durable product of a fit. The ranks of a new budget need only this, no model and no GPU."""
 
 from __future__ import annotations
 

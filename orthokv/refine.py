@@ -3,7 +3,8 @@
 Layer errors are the objective of every method before: they are local, so layers can be fitted apart, but they know neither
 what later layers make of an error nor that errors of several layers add up. Here the whole compressed model runs, and its
 bases move to bring ``KL(uncompressed || compressed)`` of the next-token distribution down, at plans of many budgets in
-turn, so that the bases stay nested: one refined profile still serves every budget.
+turn, so that the bases stay nested: one refined profile still serves every budget. At a single plan they move a little
+further: what that plan's own checkpoint is polished by (``docs/decisions/0015-polish.md``).
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from orthokv.allocate import allocate, smallest_kept
+from orthokv.allocate import Plan, allocate, smallest_kept
 from orthokv.attention import Bases, Seam
 from orthokv.basis import Basis, cholesky_qr, duals, orthonormal, tangent
 from orthokv.budget import Budget
 from orthokv.capture import layers_replaced, pass_on
-from orthokv.dataset import Block, Blocks, evenly
-from orthokv.errors import InvalidModel, InvalidSetting
+from orthokv.dataset import Block, Blocks, evenly, self_text, starts_over
+from orthokv.errors import InvalidDataset, InvalidModel, InvalidSetting
 from orthokv.evaluate import PART_TOKENS, compressed, kl_sum, model_logits
 from orthokv.geometry import decoder_layers
 from orthokv.methods.learning import Adam
 from orthokv.profile import ErrorProfile
 from orthokv.progress import Reporter, Step, silent
 from orthokv.repeatable import repeatable
+from orthokv.streaming import streamed_weights
 
 # Budgets whose plans are trained: this many, evenly on a logarithmic scale up to this share of the cache.
 TRAINED_PLANS, LARGEST_KEPT = 16, 0.8
 _GOLDEN = 0.5 * (math.sqrt(5) - 1)
-# Progress is judged this many times, on this many blocks of each text, at these shares of the cache.
+# Progress is judged at the start and this many times after, on this many blocks of each text, at these shares of the cache.
 CHECKS, CHECK_BLOCKS, CHECK_KEPT = 8, 2, (0.5, 0.25, 0.125)
-PATIENCE = 3
+SECOND_DOMAIN_LENGTH = 256
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,18 @@ class Refinement:
     Attributes:
         steps: optimiser steps, each on one calibration block at one plan.
         step_size: how far a column turns in a step at the start, in radians, about.
-        kept: None trains plans of many budgets in turn, so that the bases stay nested; a share of the cache trains the plan
-            of that budget alone, which shows what nesting costs.
+        patience: checks without progress, one after the other, that end the stage.
     """
 
     steps: int = 400
     step_size: float = 0.01
-    kept: float | None = None
+    patience: int = 3
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InvalidSetting(f"refine_steps must be at least 1, not {self.steps}")
         if not self.step_size > 0:
             raise InvalidSetting(f"step_size must be above 0, not {self.step_size}")
-        if self.kept is not None and not 0 < self.kept <= 1:
-            raise InvalidSetting(f"kept must be in (0, 1], not {self.kept:g}")
 
 
 @dataclass
@@ -101,6 +100,43 @@ class _Side:
 
 
 Ranks = Sequence[tuple[int, int]]
+
+
+def check_steps(name: str, asked: object) -> None:
+    """Raises :class:`InvalidSetting` where a number of steps is given that is none."""
+    if asked is not None and (type(asked) is not int or asked < 0):
+        raise InvalidSetting(f"{name} must be a whole number, at least 0, not {asked!r}")
+
+
+def can_refine(model: PreTrainedModel, **asked: int | None) -> bool:
+    """Whether the model is whole; gradients through all layers need it.
+
+    Args:
+        asked: settings that ask for steps, by name; None or 0 do not.
+
+    Raises:
+        InvalidSetting: it is streamed from disk, and a setting asks for steps.
+    """
+    if streamed_weights(model) is None:
+        return True
+    for name, steps in asked.items():
+        if steps:
+            raise InvalidSetting(f"{name} {steps} needs the whole model, which is streamed from disk")
+    return False
+
+
+def watched_texts(model: PreTrainedModel, blocks: Blocks, seed: int) -> list[Blocks]:
+    """Text that the model writes itself, placed like ``blocks``, to watch a refinement on besides held-out ones; none from a
+    model without a BOS token to begin with.
+    """
+    length = min(int(blocks.tokens.shape[1]), SECOND_DOMAIN_LENGTH)
+    try:
+        text = self_text(model, num_samples=CHECK_BLOCKS, sequence_length=length, seed=seed + 1)
+    except InvalidDataset:
+        return []
+    if not any(blocks.starts):
+        return [text]
+    return [text.placed(starts_over(blocks.positions, length, CHECK_BLOCKS))]
 
 
 @dataclass
@@ -187,8 +223,13 @@ def refine(
     settings: Refinement,
     seed: int,
     report: Reporter = silent,
+    *,
+    plan: Plan | None = None,
 ) -> tuple[ErrorProfile, list[float]]:
     """Refine all bases of a profile, and the score at every check.
+
+    Plans of many budgets are trained in turn, so that the bases stay nested; or ``plan`` alone, at whose ranks they end up
+    better, and at others worse.
 
     The score is the mean logarithm of the divergence over ``checks``: texts that are not trained on, one of them from
     another domain, so that what is kept did not merely adapt to the calibration text. The bases with the best score are
@@ -197,13 +238,7 @@ def refine(
     Raises:
         InvalidModel: the divergence is not finite.
     """
-    low = smallest_kept(profile)
-    shares = [low * (LARGEST_KEPT / low) ** (i / (TRAINED_PLANS - 1)) for i in range(TRAINED_PLANS)]
-    checked: Sequence[float] = [max(share, low) for share in CHECK_KEPT]
-    if settings.kept is not None:
-        shares, checked = [settings.kept], [settings.kept]
-    plans = [allocate(profile, Budget("kept", share)).ranks for share in shares]
-    judged = [allocate(profile, Budget("kept", share)).ranks for share in checked]
+    plans, judged = _nested_ranks(profile) if plan is None else ([plan.ranks], [plan.ranks])
     watched = [text[i] for text in checks for i in evenly(len(text), CHECK_BLOCKS)]
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -221,7 +256,7 @@ def refine(
                     )
                 if scores[-1] <= min(scores):
                     best = [turn.clone() for turn in turns]
-                elif min(scores[-PATIENCE:]) > min(scores):
+                elif min(scores[-settings.patience :]) > min(scores):
                     break
             report(Step("refining", step, settings.steps, "steps"))
             if step == settings.steps:
@@ -237,6 +272,18 @@ def refine(
             for layer, (key, value) in zip(profile.layers, student.turned(best, full), strict=True)
         ]
     return replace(profile, layers=tuple(layers)), scores
+
+
+def _nested_ranks(profile: ErrorProfile) -> tuple[list[Ranks], list[Ranks]]:
+    """Ranks of the plans that are trained, and of those that are judged."""
+    low = smallest_kept(profile)
+    trained = [low * (LARGEST_KEPT / low) ** (i / (TRAINED_PLANS - 1)) for i in range(TRAINED_PLANS)]
+    judged = [max(share, low) for share in CHECK_KEPT]
+
+    def ranks(shares: list[float]) -> list[Ranks]:
+        return [allocate(profile, Budget("kept", share)).ranks for share in shares]
+
+    return ranks(trained), ranks(judged)
 
 
 def _step(

@@ -487,6 +487,7 @@ def test_one_budget_is_wanted(options: tuple[object, ...], run: Run, tmp_path: P
         ("--steps", "3"),
         ("--positions", "64"),
         ("--device", "quantum"),
+        ("--polish-steps", "-1"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_with_its_value(

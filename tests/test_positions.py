@@ -315,9 +315,9 @@ def test_refinement_runs_the_model_where_the_blocks_begin(
         return own(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", noted)
-    monkeypatch.setattr("orthokv.refine.PATIENCE", 10)  # on random tokens no step need be progress
     calibration, checks = tiny_blocks(4).placed([0, 11, 22, 33]), tiny_blocks(2, seed=1).placed([44, 55])
-    refine(model, profile, calibration, [checks], Refinement(4), 0)
+    # On random tokens no step need be progress.
+    refine(model, profile, calibration, [checks], Refinement(4, patience=10), 0)
     assert seen == {0, 11, 22, 33, 44, 55}
 
 
@@ -417,6 +417,7 @@ def test_the_steps_of_the_service_see_where_blocks_begin(text: TextSource, tmp_p
         "dataset": [{"source": text.source, "format": "text", "field": "text"}],
         "budget": {"metric": "kept", "value": 0.5},
         "rank_multiple": 1,
+        "polish_steps": None,
         "layers": [0, 1, 2],
     }
     (tmp_path / "work").mkdir()

@@ -15,6 +15,7 @@ from orthokv.attention import Seam
 from orthokv.basis import orthonormality_error
 from orthokv.budget import Budget
 from orthokv.capture import LayerWalk, view_layer
+from orthokv.compare import MethodChoice
 from orthokv.dataset import Blocks, self_text
 from orthokv.errors import InvalidSetting
 from orthokv.evaluate import quality
@@ -159,6 +160,9 @@ def test_steps_are_the_methods_own_unless_told_otherwise(
 def test_settings_that_cannot_be_are_refused() -> None:
     for make in (
         lambda: FitSettings(refine_steps=-1),
+        lambda: FitSettings(refine_steps=1.5),  # type: ignore[arg-type]
+        lambda: MethodChoice.parse("oblique:joint:polish_steps=-1").settings(FitSettings()),
+        lambda: MethodChoice.parse("oblique:joint:polish_steps=many").settings(FitSettings()),
         lambda: Refinement(0),
         lambda: Refinement(step_size=0.0),
     ):

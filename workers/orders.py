@@ -51,6 +51,7 @@ class Order:
     budget: Budget
     form: str
     rank_multiple: int
+    polish_steps: int | None
     layers: list[int]
     inputs: list[Source]
     texts: list[Text]
@@ -91,6 +92,7 @@ def load_order(session: Session, lease: Lease, settings: Settings) -> Order:
         budget=Budget(**job.spec["budget"]),
         form=job.spec["form"],
         rank_multiple=job.spec.get("rank_multiple", 1),  # a job of before there was the field
+        polish_steps=job.spec.get("polish_steps"),
         layers=_owed_layers(session, lease),
         inputs=[
             Source(file.filename, file.object_key, file.sha256)
@@ -159,6 +161,7 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
         budget=order.budget,
         form=order.form,
         rank_multiple=order.rank_multiple,
+        polish_steps=order.polish_steps,
         layers=order.layers,
         inputs={source.filename: str(inputs / source.filename) for source in order.inputs},
     )

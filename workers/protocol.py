@@ -65,6 +65,7 @@ class Request(_Message):
     budget: Budget
     form: str
     rank_multiple: int
+    polish_steps: int | None
     layers: list[int]
     inputs: dict[str, str]
 

@@ -44,13 +44,16 @@ from orthokv.pipeline import (
     fit_layers,
     load,
     make_plan,
+    polish_plan,
     prepare_blocks,
     read_geometry,
 )
 from orthokv.plots import plot_profile
+from orthokv.polish import polish_steps
 from orthokv.profile import ErrorProfile, LayerProfile
 from orthokv.progress import Step
 from orthokv.rankgrid import RankGrid
+from orthokv.refine import can_refine
 from orthokv.source import ModelSource, resolve_model
 from orthokv.streaming import stored_tensors
 
@@ -226,6 +229,8 @@ def fit(job: Job) -> dict[str, Any]:
     # Once: resolving a source reads every weight for its digest.
     source, blocks = job.source(), job.blocks()
     model, geometry = load(source, job.device), read_geometry(source)
+    # What later steps would refuse is refused before the first layer.
+    can_refine(model, refine_steps=job.settings.refine_steps, polish_steps=job.request["polish_steps"])
     for layer in fit_layers(model, blocks, job.settings, job.request["layers"], job.wire.progress):
         path = job.workdir / f"layer-{layer.index:03d}.safetensors"
         layer.save(path, geometry)
@@ -261,19 +266,26 @@ def profile(job: Job) -> dict[str, Any]:
 def package(job: Job) -> dict[str, Any]:
     found = ErrorProfile.load(job.folder("profile", "profile.json", "profile.safetensors"))
     budget, form = job.budget(), job.request["form"]
-    # Only a perplexity budget has to look at the model; only a full checkpoint needs its files.
-    checked = budget.metric == "perplexity_increase"
-    source = job.source() if checked or form == "full" else None
-    model = load(source, job.device) if checked and source is not None else None
-    held_out = job.held_out() if checked else None
+    # The model is for budgets of perplexity and to polish, its files are for full checkpoints.
+    asked = job.request["polish_steps"]
+    needed = budget.metric == "perplexity_increase" or polish_steps(found, budget, asked) > 0
+    source = job.source() if needed or form == "full" else None
+    model = load(source, job.device) if needed and source is not None else None
+    blocks = job.blocks()
+    _, held_out = blocks.split(job.settings.holdout)
     plan, reached = make_plan(
         found, budget, grid=job.grid(), model=model, held_out=held_out, report=job.wire.progress
     )
+    polished = found
+    if model is not None:
+        polished, reached = polish_plan(model, found, plan, reached, blocks, asked, job.wire.progress)
     out = job.workdir / "checkpoint"
-    write_checkpoint(found, plan, out, form=form, base=source)
+    write_checkpoint(found, plan, out, form=form, base=source, polished=polished)
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         job.wire.file(path, name=path.relative_to(out).as_posix())
-    return {"plan": {**plan.to_dict(), "reached": None if reached is None else asdict(reached)}}
+    steps = polished.method.get("polish_steps", 0)
+    said = {"polish_steps": steps, "reached": None if reached is None else asdict(reached)}
+    return {"plan": {**plan.to_dict(), **said}}
 
 
 def evaluate(job: Job) -> dict[str, Any]:

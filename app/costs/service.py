@@ -72,7 +72,13 @@ def estimate_of(session: Session, *, body: JobCreate, known: Known) -> Estimate:
 def _seconds(session: Session, shape: Shape, asked: Asked, *, gpu_class: str) -> tuple[Band, str]:
     work = {step: flop(shape, asked, step) for step in StepName}
     past = {
-        step: repository.runs(session, gpu_class=gpu_class, method=asked.method, step=step) for step in work
+        step: [
+            run
+            for run in repository.runs(session, gpu_class=gpu_class, method=asked.method, step=step)
+            # A run without arithmetic says nothing of one that has some: checkpoints with a polish, and without.
+            if run.flop > 0 or work[step] == 0
+        ]
+        for step in work
     }
     fewest = min(map(len, past.values()))
     if fewest < MIN_RUNS:

@@ -63,6 +63,7 @@ class Asked:
     sharing: str
     steps: int
     refine_steps: int
+    polish_steps: int
     writes_itself: bool
     searches: bool
 
@@ -75,6 +76,7 @@ class Asked:
         """Of the `spec` of a job of kind `compress`."""
         method, dataset = spec["method"], spec["dataset"]
         kind, steps, refine = method["type"], method.get("steps"), method.get("refine_steps")
+        refine = _REFINE_STEPS.get(kind, 0) if refine is None else refine
         texts = (dataset, *dataset.get("also", []))
         return cls(
             samples=dataset["num_samples"],
@@ -82,10 +84,18 @@ class Asked:
             method=kind if method["parameterisation"] == "direct" else f"{kind}:{method['parameterisation']}",
             sharing=method["sharing"],
             steps=_STEPS.get(kind, 0) if steps is None else steps,
-            refine_steps=_REFINE_STEPS.get(kind, 0) if refine is None else refine,
+            refine_steps=refine,
+            polish_steps=_polish_steps(spec["budget"]["metric"], refine, spec.get("polish_steps")),
             writes_itself=any(text["source"] == "self" for text in texts),
             searches=spec["budget"]["metric"] == "perplexity_increase",
         )
+
+
+def _polish_steps(metric: str, refine: int, asked: int | None) -> int:
+    """As in `orthokv/polish.py`."""
+    if metric == "layer_error":
+        return 0
+    return refine // 2 if asked is None else asked
 
 
 def group_width(shape: Shape, sharing: str) -> int:
@@ -103,6 +113,8 @@ def flop(shape: Shape, asked: Asked, step: StepName, *, layers: int | None = Non
     # One token through one layer's attention, with its keys and values taken to a basis and back.
     queries = shape.heads * shape.head_dim
     attention = 4.0 * queries * asked.length + 2.0 * queries * shape.hidden + 8.0 * shape.kv_width * width
+    # A step of the last stage of a fit, or of a plan's polish: one block through the whole model and back.
+    refinement = _BACKWARD * asked.length * (forward + shape.layers * attention)
     match step:
         case StepName.RESOLVE:
             return forward  # a digest of every weight
@@ -117,9 +129,9 @@ def flop(shape: Shape, asked: Asked, step: StepName, *, layers: int | None = Non
             return count * (capture + tried * (decompose + profile + learn))
         case StepName.PROFILE:
             sensitivities = _PROFILE_BLOCKS * asked.length * forward * shape.layers
-            refine = _BACKWARD * asked.refine_steps * asked.length
-            return sensitivities + refine * (forward + shape.layers * attention)
+            return sensitivities + asked.refine_steps * refinement
         case StepName.PACKAGE:
-            return _PLANS_TRIED * held_out * forward if asked.searches else 0.0
+            search = _PLANS_TRIED * held_out * forward if asked.searches else 0.0
+            return search + asked.polish_steps * refinement
         case StepName.EVALUATE:
             return 4.0 * held_out * (forward + shape.layers * attention)

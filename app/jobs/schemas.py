@@ -12,7 +12,7 @@ from app.ids import id_pattern
 from app.jobs.models import Job as JobRow
 from app.jobs.models import Step as StepRow
 from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobKind, JobStatus, StepStatus
-from app.schemas import Body, Budget, Form, Metadata, RankMultiple, Resource
+from app.schemas import Body, Budget, Form, Metadata, PolishSteps, RankMultiple, Resource, refuse_polish
 from app.settings import DEFAULT_GPU_CLASS, GpuClass
 
 # Methods that take optimisation steps; the others are closed forms.
@@ -122,6 +122,7 @@ class JobCreate(Body):
     method: Method = Method()
     form: Form = "adapter"
     rank_multiple: RankMultiple = 1
+    polish_steps: PolishSteps = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     metadata: Metadata = Field(default_factory=dict)
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
@@ -142,6 +143,7 @@ class JobCreate(Body):
             raise ValueError(f"method {method.type} has no predictor")
         if method.steps is not None and method.type not in LEARNED:
             raise ValueError(f"method {method.type} is a closed form and has no steps")
+        refuse_polish(self.budget, self.polish_steps)
         if self.dataset.num_samples < 2:
             raise ValueError("num_samples must be at least 2: one is held out")
         return self
@@ -154,6 +156,7 @@ class CheckpointSpec(Resource):
     budget: Budget
     form: Form
     rank_multiple: RankMultiple = 1
+    polish_steps: PolishSteps = None
 
 
 class CompressSpec(Resource):
@@ -165,6 +168,7 @@ class CompressSpec(Resource):
     method: Method
     form: Form
     rank_multiple: RankMultiple = 1
+    polish_steps: PolishSteps = None
     seed: int
 
 

@@ -80,7 +80,7 @@ async def create_checkpoint(
     settings: Config,
     hints: Hints,
 ) -> JSONResponse:
-    """Make a checkpoint for another budget. Takes seconds: everything was fitted before."""
+    """Make a checkpoint for another budget. Nothing is fitted again; without a polish (`polish_steps` 0) it takes seconds."""
     response = await once.run(
         body,
         lambda session: service.create_checkpoint(

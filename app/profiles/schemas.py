@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from app.artifacts.schemas import Artifact
 from app.jobs.schemas import CompressSpec
-from app.schemas import Body, Budget, Form, Metadata, RankMultiple, Resource
+from app.schemas import Body, Budget, Form, Metadata, PolishSteps, RankMultiple, Resource, refuse_polish
 
 
 class ProfileFiles(Resource):
@@ -42,4 +42,10 @@ class CheckpointCreate(Body):
     budget: Budget
     form: Form = "adapter"
     rank_multiple: RankMultiple = 1
+    polish_steps: PolishSteps = None
     metadata: Metadata = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _can_work(self) -> Self:
+        refuse_polish(self.budget, self.polish_steps)
+        return self

@@ -152,6 +152,10 @@ def submit(
     ] = None,
     form: Form = Form.adapter,
     rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
+    polish_steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of a refinement at the plan's ranks; 0 leaves it out."),
+    ] = None,
     seed: int = 0,
     max_runtime_minutes: Annotated[
         int | None, typer.Option(help="Fail the job when it takes longer.")
@@ -185,6 +189,7 @@ def submit(
         },
         "form": form,
         "rank_multiple": rank_multiple,
+        "polish_steps": polish_steps,
         "seed": seed,
         "max_runtime_minutes": max_runtime_minutes,
     }

@@ -78,6 +78,8 @@ class CheckpointCreate(Model):
     """`adapter`: bases only. `full`: with the base model's own files, loadable by path."""
     metadata: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")], str] | None = None
     """Up to 16 labels of the client's own; jobs can be listed by them."""
+    polish_steps: Annotated[int | None, Field(ge=0, le=1000000)] = None
+    """Steps of a refinement of the bases at the ranks of this checkpoint's plan, before it is packed; 0: none, the profile's own bases; absent: half as many as the profile was refined with. A `layer_error` budget is met by the profile's own bases and takes none."""
     rank_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
     """Every rank is a multiple of this, e.g. 16 for the matrix units of a GPU."""
 
@@ -88,6 +90,8 @@ class CheckpointSpec(Model):
     budget: Budget
     form: Literal["adapter", "full"]
     """`adapter`: bases only. `full`: with the base model's own files, loadable by path."""
+    polish_steps: Annotated[int | None, Field(ge=0, le=1000000)] = None
+    """Steps of a refinement of the bases at the ranks of this checkpoint's plan, before it is packed; 0: none, the profile's own bases; absent: half as many as the profile was refined with. A `layer_error` budget is met by the profile's own bases and takes none."""
     profile_id: str
     rank_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
     """Every rank is a multiple of this, e.g. 16 for the matrix units of a GPU."""
@@ -602,6 +606,8 @@ class JobCreate(Model):
     """Up to 16 labels of the client's own; jobs can be listed by them."""
     method: Method | None = None
     model: ModelRef
+    polish_steps: Annotated[int | None, Field(ge=0, le=1000000)] = None
+    """Steps of a refinement of the bases at the ranks of this checkpoint's plan, before it is packed; 0: none, the profile's own bases; absent: half as many as the profile was refined with. A `layer_error` budget is met by the profile's own bases and takes none."""
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
     rank_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
     """Every rank is a multiple of this, e.g. 16 for the matrix units of a GPU."""
@@ -860,6 +866,8 @@ class CompressSpec(Model):
     """`adapter`: bases only. `full`: with the base model's own files, loadable by path."""
     method: Method
     model: ModelRef
+    polish_steps: Annotated[int | None, Field(ge=0, le=1000000)] = None
+    """Steps of a refinement of the bases at the ranks of this checkpoint's plan, before it is packed; 0: none, the profile's own bases; absent: half as many as the profile was refined with. A `layer_error` budget is met by the profile's own bases and takes none."""
     rank_multiple: Annotated[int, Field(ge=1, le=1024)] = 1
     """Every rank is a multiple of this, e.g. 16 for the matrix units of a GPU."""
     seed: int

@@ -297,14 +297,19 @@ class TestProfilesAndCheckpoints:
         first = complete(database, queue_job(database).id)
         assert first.result is not None
         path = f"/v1/profiles/{first.result.profile_id}/checkpoints"
-        body = {"budget": {"metric": "layer_error", "value": 0.1}, "form": "full", "rank_multiple": 8}
+        body = {
+            "budget": {"metric": "layer_error", "value": 0.1},
+            "form": "full",
+            "rank_multiple": 8,
+            "polish_steps": 0,
+        }
         headers = {"Idempotency-Key": "again"}
         response = client.post(path, json=body, headers=headers)
         job = response.json()
         assert (response.status_code, response.headers["location"]) == (202, f"/v1/jobs/{job['id']}")
         assert client.post(path, json=body, headers=headers).json()["id"] == job["id"]
         assert job["kind"] == "checkpoint"
-        assert job["spec"]["rank_multiple"] == 8
+        assert (job["spec"]["rank_multiple"], job["spec"]["polish_steps"]) == (8, 0)
         assert [step["name"] for step in job["steps"]] == ["package", "evaluate"]
         done = complete(database, job["id"])
         assert done.result is not None

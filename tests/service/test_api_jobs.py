@@ -100,6 +100,8 @@ class TestCreate:
             ({"method": {"key_mode": "post", "positions": 1}}, "/method/positions"),
             ({"form": "zip"}, "/form"),
             ({"rank_multiple": 0}, "/rank_multiple"),
+            ({"polish_steps": -1}, "/polish_steps"),
+            ({"polish_steps": 1, "budget": {"metric": "layer_error", "value": 0.1}}, ""),
             ({"seed": -1}, "/seed"),
             ({"surprise": 1}, "/surprise"),
             ({"model": {"id": ""}}, "/model/id"),

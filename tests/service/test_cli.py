@@ -143,7 +143,7 @@ def test_dataset_files_are_uploaded_and_mixed(server: Server, script: Script, tm
         server,
         *("submit", "--model", "org/model", "--dataset", str(text), "--field", "body"),
         *("--dataset", str(more), "--dataset", "self", "--rank-multiple", "16"),
-        *("--layer-error", "0.1", "--form", "full", "--refine-steps", "3", "--wait"),
+        *("--layer-error", "0.1", "--form", "full", "--refine-steps", "3", "--polish-steps", "0", "--wait"),
         *("--key-mode", "post", "--positions", "4096"),
     )
     assert done.exit_code == 0, done.output
@@ -153,6 +153,7 @@ def test_dataset_files_are_uploaded_and_mixed(server: Server, script: Script, tm
     assert (second["format"], Path(second["source"]).name) == ("text", "dataset-1.text")
     assert third["source"] == "self"
     assert (request["settings"]["refine_steps"], request["rank_multiple"]) == (3, 16)
+    assert request["polish_steps"] == 0
     assert (request["settings"]["key_mode"], request["settings"]["positions"]) == ("post", 4096)
     assert (request["budget"], request["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
 

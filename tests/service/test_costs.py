@@ -26,6 +26,7 @@ from app.costs.reading import NOTHING, Unfit, ask_hub, read_folder
 from app.costs.work import Asked, Shape, flop
 from app.database import SyncDatabase
 from app.jobs.commits import Produced, commit_layer, finish_step
+from app.jobs.schemas import JobCreate
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.models import metadata
@@ -58,6 +59,7 @@ def asked(method: str = "oblique", sharing: str = "joint", **changes: Any) -> As
         "length": 1024,
         "steps": 200 if learned else 0,
         "refine_steps": 400 if method == "oblique" else 0,
+        "polish_steps": 0,
         "writes_itself": False,
         "searches": False,
     }
@@ -135,6 +137,22 @@ class TestWork:
             assert flop(BOOKS_31M, asked(), step) == 0
             assert flop(BOOKS_31M, asked(**{field: True}), step) > 0
 
+    def test_a_step_of_a_polish_costs_what_one_of_the_last_stage_does(self) -> None:
+        polish = flop(BOOKS_31M, asked(polish_steps=7), StepName.PACKAGE)
+        some, more = (flop(BOOKS_31M, asked(refine_steps=n), StepName.PROFILE) for n in (400, 407))
+        assert polish == pytest.approx(more - some)
+
+    @pytest.mark.parametrize(
+        ("method", "polish", "expected"),
+        [({}, None, 200), ({}, 0, 0), ({"refine_steps": 31}, None, 15), ({"type": "eigen"}, None, 0)],
+    )
+    def test_a_request_is_polished_half_as_long_as_it_is_refined(
+        self, method: dict[str, Any], polish: int | None, expected: int
+    ) -> None:
+        body = job_body(model=LOCAL, dataset={"source": "self"}, method=method, polish_steps=polish)
+        spec = JobCreate.model_validate(body).model_dump(mode="json")
+        assert Asked.of_spec(spec).polish_steps == expected
+
 
 class TestPriors:
     """Each constant is what the named file gives."""
@@ -142,15 +160,19 @@ class TestPriors:
     def rates(self, file: str) -> list[float]:
         rows = json.loads((RESULTS / file).read_text())["rows"]
         return [
-            fit_and_profile(BOOKS_31M, asked(row["method"], row["sharing"])) / row["seconds"]
+            (fit_and_profile(BOOKS_31M, request) + flop(BOOKS_31M, request, StepName.PACKAGE))
+            / row["seconds"]
             for row in rows
             if row["method"] in ("eigen", "weighted", "stiefel", "oblique") and row["key_mode"] == "pre"
+            for request in [
+                asked(row["method"], row["sharing"], polish_steps=200 * (row["method"] == "oblique"))
+            ]
         ]
 
     def test_of_the_gpu(self) -> None:
         rates = self.rates("quality-books-llama-31m.json")
         assert len(rates) > 20
-        assert (min(rates), max(rates)) == pytest.approx(priors.H100_FLOP_PER_SECOND, rel=0.01)
+        assert (min(rates), max(rates)) == pytest.approx(priors.GPU_FLOP_PER_SECOND, rel=0.01)
 
     def test_of_the_cpu(self) -> None:
         measured = json.loads((RESULTS / "stream-8b-cpu.json").read_text())["seconds"]
@@ -358,6 +380,26 @@ def seconds_of(database: SyncDatabase) -> list[float]:
         return [sum(noted[start : start + 6]) for start in range(0, len(noted), 6)]
 
     return database.read(read)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(("polish", "basis"), [(None, "priors: "), (0, "fitted to 3 past runs")])
+def test_runs_without_a_polish_foretell_none_with_one(
+    database: SyncDatabase, settings: Settings, polish: int | None, basis: str
+) -> None:
+    def noted(session: Any) -> None:
+        for number in range(3):
+            for step in StepName:
+                work = 0.0 if step is StepName.PACKAGE else 1e9 * (number + 1)
+                key = f"cost_{step}{number}"
+                session.add(
+                    RunCost(id=key, gpu_class="default", method="oblique", step=step, flop=work, seconds=2.0)
+                )
+
+    database.write(noted)
+    with TestClient(create_app(settings)) as client:
+        body = job_body(model=LOCAL, dataset={"source": "self"}, polish_steps=polish)
+        assert client.post("/v1/jobs:validate", json=body).json()["estimate"]["basis"].startswith(basis)
 
 
 @pytest.mark.slow

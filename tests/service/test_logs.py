@@ -84,6 +84,7 @@ def said(program: str, folder: Path) -> list[str]:
         budget=Budget(metric="kept", value=0.5),
         form="adapter",
         rank_multiple=1,
+        polish_steps=None,
         layers=[],
         inputs={},
     )

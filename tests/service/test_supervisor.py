@@ -215,7 +215,9 @@ def test_a_profile_outlives_a_budget_that_cannot_be_met(
     failed = run_to_end(database, settings, queue_job(database).id)
     assert failed.result is not None
     assert failed.result.profile_id is not None
-    body = CheckpointCreate.model_validate({"budget": {"metric": "kept", "value": 0.5}, "rank_multiple": 16})
+    body = CheckpointCreate.model_validate(
+        {"budget": {"metric": "kept", "value": 0.5}, "rank_multiple": 16, "polish_steps": 7}
+    )
     queued = database.write(
         create_checkpoint,
         profile_id=failed.result.profile_id,
@@ -228,7 +230,7 @@ def test_a_profile_outlives_a_budget_that_cannot_be_met(
     assert len(script.runs("fit")) == 1, "another budget fits nothing"
     package, evaluate = script.runs("package")[-1]["request"], script.runs("evaluate")[-1]["request"]
     assert package["budget"] == {"metric": "kept", "value": 0.5}
-    assert package["rank_multiple"] == 16
+    assert (package["rank_multiple"], package["polish_steps"]) == (16, 7)
     assert sorted(evaluate["inputs"]) == [
         "README.md",
         "SHA256SUMS",
