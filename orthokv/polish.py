@@ -73,9 +73,8 @@ def polish(
     full = tuple((layer.key.rank, layer.value.rank) for layer in profile.layers)
     if steps == 0 or plan.ranks == full:
         return profile
-    placed = profile.dataset.get(
-        "positions", blocks.positions
-    )  # a profile of before blocks could begin elsewhere
+    # A profile of before blocks could begin elsewhere has no positions.
+    placed = profile.dataset.get("positions", blocks.positions)
     if (blocks.digest, blocks.positions) != (profile.dataset["digest"], placed):
         raise InvalidSetting(
             "a plan is polished on the blocks that its profile was fitted on; these are others"

@@ -160,14 +160,15 @@ class TestPriors:
     def rates(self, file: str) -> list[float]:
         rows = json.loads((RESULTS / file).read_text())["rows"]
         return [
-            (fit_and_profile(BOOKS_31M, request) + flop(BOOKS_31M, request, StepName.PACKAGE))
-            / row["seconds"]
+            self.work(row["method"], row["sharing"]) / row["seconds"]
             for row in rows
             if row["method"] in ("eigen", "weighted", "stiefel", "oblique") and row["key_mode"] == "pre"
-            for request in [
-                asked(row["method"], row["sharing"], polish_steps=200 * (row["method"] == "oblique"))
-            ]
         ]
+
+    def work(self, method: str, sharing: str) -> float:
+        """Of a row: the fit, and the polish of its plan where the method has one."""
+        request = asked(method, sharing, polish_steps=200 if method == "oblique" else 0)
+        return fit_and_profile(BOOKS_31M, request) + flop(BOOKS_31M, request, StepName.PACKAGE)
 
     def test_of_the_gpu(self) -> None:
         rates = self.rates("quality-books-llama-31m.json")
