@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from orthokv.fit.settings import FitSettings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthokv import pipeline
 from orthokv.fit.methods import METHODS
 from orthokv.fit.refine import CHECKS
-from orthokv.fit.settings import FitSettings
 from orthokv.models.source import resolve_device
 from orthokv.show.progress import PlainReporter
 from orthokv.spec.rankgrid import CANDIDATE_SHARES

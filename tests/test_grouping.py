@@ -12,18 +12,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from orthokv.fit.settings import FitSettings
+from orthokv.plan.reachable import check_reachable
 
 from orthokv.bases.basis import orthonormal
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.fit.grouping import COMPARED_KEPT, SHARING_TOLERANCE, error_at_bytes, narrowest_good
-from orthokv.fit.settings import FitSettings
 from orthokv.models.source import load_model, resolve_model
 from orthokv.pipeline import build_profile, compress, fit_layers
 from orthokv.plan.allocate import allocate
 from orthokv.plan.plan import ALLOCATIONS, Allocation
 from orthokv.plan.profile import PROFILE_JSON, Candidate, ErrorProfile, LayerProfile
-from orthokv.plan.reachable import check_reachable
 from orthokv.plan.search import smallest_kept
 from orthokv.runtime.measure import live_bytes_per_token
 from orthokv.show.plots import plot_plan, plot_profile

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from orthokv.fit.settings import FitSettings
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -20,13 +21,13 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import orthokv
 from orthokv.checkpoint.read import Checkpoint
 from orthokv.checkpoint.write import write_checkpoint
-from orthokv.fit.settings import FitSettings
 from orthokv.models.geometry import geometry_of
 from orthokv.models.source import ModelSource, load_model, resolve_model
 from orthokv.pipeline import build_profile, compress, fit_layers, prepare_blocks
-from orthokv.plan.plan import LATENT_BYTES, Plan, position_bytes
+from orthokv.plan.plan import LATENT_BYTES, Plan
 from orthokv.plan.profile import ErrorProfile, LayerProfile
 from orthokv.spec.budget import Budget
+from orthokv.spec.footprint import Footprint, dense_bytes
 from orthokv.spec.geometry import STATIC_ROPE, rope_types
 from orthokv.spec.sharing import sharings_of
 from orthokv.spec.vocabulary import KEY_MODES, KeyMode, SharingChoice
@@ -85,8 +86,8 @@ def planned(profile: ErrorProfile, shares: tuple[tuple[float, float], ...]) -> P
         layer.key.groups * k + layer.value.groups * v
         for layer, (k, v) in zip(profile.layers, ranks, strict=True)
     )
-    size = latents * LATENT_BYTES + position_bytes(profile.geometry, profile.key_mode)
-    dense = profile.geometry.dense_bytes_per_token
+    size = latents * LATENT_BYTES + Footprint(profile.geometry, profile.key_mode).fixed()
+    dense = dense_bytes(profile.geometry)
     return Plan(
         profile.key_mode,
         profile.sharing,

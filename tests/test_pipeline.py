@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from orthokv.fit.settings import FitSettings
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -24,7 +25,6 @@ from orthokv.files.digests import verify_files
 from orthokv.fit.divergence import block_logits
 from orthokv.fit.methods import Eigen, Palu, Stiefel
 from orthokv.fit.sensitivity import sensitivities
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.task import LayerTask, view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.checkpoint import evaluate_checkpoint
@@ -45,6 +45,7 @@ from orthokv.spec.errors import (
     OrthoKVError,
     UnsupportedModel,
 )
+from orthokv.spec.footprint import dense_bytes
 from orthokv.spec.geometry import Geometry, check_key_mode
 from orthokv.spec.progress import Step
 from orthokv.spec.vocabulary import KEY_MODES
@@ -504,7 +505,7 @@ def test_the_geometry_is_that_of_the_projections(architecture: str, kv_heads: in
     assert (geometry.kv_heads, geometry.head_dim) == (kv_heads, head_dim)
     rows = {p.shape[0] for n, p in tiny_model(architecture).named_parameters() if n.endswith("k_proj.weight")}
     assert rows == {geometry.kv_width}
-    assert geometry.dense_bytes_per_token == LAYERS * 2 * 2 * geometry.kv_width
+    assert dense_bytes(geometry) == LAYERS * 2 * 2 * geometry.kv_width
     assert Geometry.from_dict(geometry.to_dict()) == geometry
 
 

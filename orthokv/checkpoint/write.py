@@ -26,6 +26,7 @@ from orthokv.plan.plan import LATENT_BYTES, Plan
 from orthokv.plan.profile import ErrorProfile
 from orthokv.runtime.codecs import CODECS, DEFAULT_CODEC
 from orthokv.spec.errors import CheckpointMismatch, InvalidSetting, StorageError
+from orthokv.spec.footprint import dense_bytes
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.names import CARD, CONFIG, FORMAT_VERSION, QUANT_METHOD, TENSORS
 
@@ -117,8 +118,8 @@ def _config(
         ],
         "cache": {
             "bytes_per_token": measured_bytes,
-            "bytes_per_token_dense": geometry.dense_bytes_per_token,
-            "kept": measured_bytes / geometry.dense_bytes_per_token,
+            "bytes_per_token_dense": dense_bytes(geometry),
+            "kept": measured_bytes / dense_bytes(geometry),
             "number_bytes": LATENT_BYTES,
         },
         # A profile of before blocks could begin elsewhere has none: they began at 0.

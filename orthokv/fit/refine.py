@@ -106,12 +106,6 @@ class _Side:
 Ranks = Sequence[tuple[int, int]]
 
 
-def check_steps(name: str, asked: object) -> None:
-    """Raises :class:`InvalidSetting` where a number of steps is given that is none."""
-    if asked is not None and (type(asked) is not int or asked < 0):
-        raise InvalidSetting(f"{name} must be a whole number, at least 0, not {asked!r}")
-
-
 def can_refine(model: PreTrainedModel, **asked: int | None) -> bool:
     """Whether the model is whole; gradients through all layers need it.
 

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orthokv.fit.methods import make_method
-from orthokv.fit.refine import Refinement, check_steps
 from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.methods import MethodSettings, method_settings
+from orthokv.spec.steps import check_steps
 from orthokv.spec.vocabulary import KEY_MODES, SHARING_CHOICES, KeyMode, SharingChoice
 
 # One block in eight is held out of the fit: for perplexity budgets, sensitivities and the checkpoint's own figures.
 HOLDOUT_SHARE = 8
+# Tokens in a block, or the model's longest context where that is shorter.
+DEFAULT_LENGTH = 1024
+# Blocks that the error surface is measured on.
+PROFILE_SAMPLES = 2
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class FitSettings:
     """Everything that a fit depends on besides the model and the text.
 
     Attributes:
-        method: a key of :data:`orthokv.fit.methods.METHODS`.
+        method: a key of `orthokv.spec.methods.METHODS`.
         sharing, key_mode: see :mod:`orthokv.spec.vocabulary`; ``auto`` fits every layer in several forms
             (:mod:`orthokv.fit.grouping`).
         parameterisation, steps, epochs: settings of the method; None takes the method's default.
@@ -49,10 +53,10 @@ class FitSettings:
     options: Mapping[str, Any] = field(default_factory=dict)
     propagate: float | None = None
     num_samples: int = 64
-    sequence_length: int = 1024
+    sequence_length: int = DEFAULT_LENGTH
     positions: int | None = None
     seed: int = 0
-    profile_samples: int = 2
+    profile_samples: int = PROFILE_SAMPLES
     batch_size: int = 4
 
     def __post_init__(self) -> None:
@@ -76,19 +80,30 @@ class FitSettings:
             )
         if self.propagate is not None and not 0 < self.propagate <= 1:
             raise InvalidSetting(f"propagate must be a share of the widths in (0, 1], not {self.propagate:g}")
-        self.make_method()
+        self.method_settings  # noqa: B018  # checks them
         check_steps("refine_steps", self.refine_steps)
 
-    def make_method(self) -> Any:
-        """The method with its hyper-parameters; :class:`InvalidSetting` where it does not have one that was given."""
+    @property
+    def method_settings(self) -> MethodSettings:
+        """The method's own settings; `InvalidSetting` where it does not have one that was given."""
         own = {"parameterisation": self.parameterisation, "steps": self.steps, "epochs": self.epochs}
-        return make_method(self.method, **{**own, **self.options})
+        return method_settings(self.method, **{**own, **self.options})
 
     @property
-    def refinement(self) -> Refinement | None:
-        steps = self.make_method().refine_steps if self.refine_steps is None else self.refine_steps
-        return Refinement(steps) if steps else None
+    def refinement_steps(self) -> int:
+        """Steps of the last stage: those asked for, or the method's own."""
+        return self.method_settings.refine_steps if self.refine_steps is None else self.refine_steps
 
     @property
     def holdout(self) -> int:
-        return max(1, self.num_samples // HOLDOUT_SHARE)
+        return held_out(self.num_samples)
+
+
+def held_out(num_samples: int) -> int:
+    """How many of the blocks are held out."""
+    return max(1, num_samples // HOLDOUT_SHARE)
+
+
+def default_length(longest: int) -> int:
+    """Tokens in a block where nothing else is asked, of a model whose longest context is `longest`."""
+    return min(DEFAULT_LENGTH, longest)
