@@ -12,9 +12,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from orthokv.fit.settings import FitSettings
 from torch import Tensor
 
-from orthokv.bases.basis import Bases, orthonormal
+from orthokv.bases.basis import Bases, PartialBases, orthonormal
 from orthokv.bases.manifold import RETRACTIONS, orthonormality_error
 from orthokv.fit.methods import METHODS, Eigen, FittedBases, Method, Oblique, Stiefel, Weighted, make_method
 from orthokv.fit.methods.base import descending_eigh, diagonal_groups, grouped_moment, query_moment
@@ -30,7 +31,6 @@ from orthokv.fit.methods.predictor import (
 )
 from orthokv.fit.methods.stiefel import Start
 from orthokv.fit.methods.weighted import value_weighting, whiten
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.task import LayerView, view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.pipeline import fit_layers
@@ -602,7 +602,7 @@ def test_the_predictor_stops_early_and_keeps_its_best_point() -> None:
         losses = []
         for share in (2, 4, 8):
             part = basis.truncate(basis.width // share)
-            bases = Bases(part, None) if side == "key" else Bases(None, part)
+            bases = PartialBases(part, None) if side == "key" else PartialBases(None, part)
             losses.append(float(view.loss(bases, held_out).log()))
         assert sum(losses) / 3 == pytest.approx(min(history), abs=1e-4)
         assert min(history) < history[0]

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 import orthokv
-from orthokv.bases.basis import Bases
+from orthokv.bases.basis import PartialBases
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import write_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
@@ -725,13 +725,17 @@ def test_a_cache_filled_before_rope_without_bases_is_refused() -> None:
 def test_one_side_alone_can_be_compressed(side: str, profile: Callable[..., ErrorProfile]) -> None:
     """As a predictor does while it fits keys and values apart."""
     layer = profile().layers[0]
-    half = Bases(layer.key.truncate(8), None) if side == "key" else Bases(None, layer.value.truncate(8))
+    half = (
+        PartialBases(layer.key.truncate(8), None)
+        if side == "key"
+        else PartialBases(None, layer.value.truncate(8))
+    )
     model, block = tiny_model("llama"), tiny_tokens(1, 12)[0]
     dense = block_logits(model, block)
     with Seam(model, "pre") as seam:
         seam.set_bases(0, half)
         assert not torch.allclose(block_logits(model, block), dense, atol=1e-3)
-        seam.set_bases(0, Bases(None, None))
+        seam.set_bases(0, PartialBases(None, None))
         torch.testing.assert_close(block_logits(model, block), dense, rtol=1e-5, atol=1e-5)
 
 

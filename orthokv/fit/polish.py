@@ -42,13 +42,11 @@ def polish(
             are others than the profile's or lie elsewhere.
         InvalidModel: the divergence is not finite.
     """
-    steps = polish_steps(profile.method.get("refine_steps", 0), plan.budget, asked)
+    steps = polish_steps(profile.method["refine_steps"], plan.budget, asked)
     full = tuple((layer.key.rank, layer.value.rank) for layer in profile.layers)
     if steps == 0 or plan.ranks == full:
         return profile
-    # A profile of before blocks could begin elsewhere has no positions.
-    placed = profile.dataset.get("positions", blocks.positions)
-    if (blocks.digest, blocks.positions) != (profile.dataset["digest"], placed):
+    if (blocks.digest, blocks.positions) != (profile.dataset["digest"], profile.dataset["positions"]):
         raise InvalidSetting(
             "a plan is polished on the blocks that its profile was fitted on; these are others"
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from orthokv.bases.basis import Bases, orthonormal
+from orthokv.bases.basis import PartialBases, orthonormal
 from orthokv.bases.manifold import qr
 from orthokv.fit.methods.base import FittedBases
 from orthokv.fit.methods.learning import rank_pairs
@@ -105,7 +105,7 @@ def _fit_side(
 
     def loss(rank: int, blocks: list[int]) -> Tensor:
         basis = orthonormal(predictor(described)[..., :rank], geometry.kv_heads, geometry.head_dim)
-        bases = Bases(basis, None) if keys else Bases(None, basis)
+        bases = PartialBases(basis, None) if keys else PartialBases(None, basis)
         return view.loss(bases, blocks).clamp_min(1e-20).log()
 
     history: list[float] = []
