@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.repository import files_of_job
 from app.datasets.repository import get_dataset
+from app.infra.storage import Storage
 from app.jobs import repository
 from app.jobs.lease import Lease, LeaseLost
 from app.jobs.models import Job
@@ -17,7 +18,6 @@ from app.jobs.vocabulary import StepName
 from app.profiles.repository import get_profile
 from app.quotas.service import largest_model
 from app.settings import Settings
-from app.storage import Storage
 from workers.protocol import Budget, DatasetRef, ModelRef, Request, RunSettings
 
 

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 import torch
 from huggingface_hub import constants as hub_constants
 
-from app import failpoints
+from app.infra import failpoints
 from orthokv.allocate import check_reachable
 from orthokv.budget import Budget
 from orthokv.capture import spilled_to

@@ -5,10 +5,10 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.costs import repository
+from app.costs.arithmetic import Asked, Shape, flop
 from app.costs.models import RunCost
-from app.costs.work import Asked, Shape, flop
-from app.database import clock
-from app.ids import new_id
+from app.infra.database import clock
+from app.infra.ids import new_id
 from app.jobs.models import Job, Step
 from app.jobs.vocabulary import JobKind, StepName
 

@@ -9,11 +9,11 @@ from sqlalchemy.orm import Session
 
 from app.auth.principal import Principal
 from app.costs import priors, repository
-from app.costs.model import MIN_RUNS, Band, predict
-from app.costs.reading import Known, Unfit
+from app.costs.arithmetic import Asked, Shape, flop, group_width
+from app.costs.probe import Known, Unfit
+from app.costs.regression import MIN_RUNS, Band, predict
 from app.costs.schemas import Estimate, Minutes, Validation, ValidationProblem
-from app.costs.work import Asked, Shape, flop, group_width
-from app.errors import Problem
+from app.http.errors import Problem
 from app.jobs import service as jobs
 from app.jobs.schemas import JobCreate
 from app.jobs.vocabulary import JobErrorCode, StepName

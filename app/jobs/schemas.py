@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from app.ids import id_pattern
+from app.infra.ids import id_pattern
 from app.jobs.models import Job as JobRow
 from app.jobs.models import Step as StepRow
 from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobKind, JobStatus, StepStatus

@@ -10,14 +10,15 @@ from typing import Any
 import structlog
 from sqlalchemy.orm import Session
 
-from app import tracing
 from app.artifacts.repository import by_ids
 from app.audit.service import record as audit
 from app.auth.principal import Principal
-from app.database import after_commit
 from app.datasets.service import require_ready
-from app.errors import Code, FieldProblem, Problem, not_found
-from app.ids import new_id
+from app.http.errors import Code, FieldProblem, Problem, not_found
+from app.http.pagination import Cursor, Page, page
+from app.infra import tracing
+from app.infra.database import after_commit
+from app.infra.ids import new_id
 from app.jobs import repository
 from app.jobs.lease import stop_others
 from app.jobs.models import Job as Row
@@ -25,7 +26,6 @@ from app.jobs.schemas import Job, JobCreate, Layer, LayerList
 from app.jobs.states import record, transition
 from app.jobs.unfold import add_first_steps, first_step, reopen
 from app.jobs.vocabulary import JobKind, JobStatus
-from app.pagination import Cursor, Page, page
 from app.profiles.repository import share_profile
 from app.quotas.service import require_room_for_job
 from app.settings import Settings
