@@ -33,7 +33,7 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.models import Artifact
 from app.auth.principal import local_principal
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.jobs import service
 from app.jobs.commits import Produced, finish_step
 from app.jobs.lease import claim

@@ -30,8 +30,8 @@ from sqlalchemy import text, update
 from sqlalchemy.orm import Session
 
 from app.auth.principal import DEFAULT_PROJECT_ID
-from app.database import SyncDatabase
-from app.ids import new_id
+from app.infra.database import SyncDatabase
+from app.infra.ids import new_id
 from app.jobs import repository
 from app.jobs.commits import commit_layer
 from app.jobs.lease import Lease, claim

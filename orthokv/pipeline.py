@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from orthokv.spec.check import calibrated_positions, check
 from orthokv.spec.codec import codec_spec
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.progress import Reporter, Step, counter, silent
+from orthokv.spec.records import method_record
 from orthokv.spec.settings import FitSettings
 from orthokv.spec.sharing import sharings_of
 from orthokv.spec.target import Target
@@ -183,7 +184,6 @@ def build_profile(
 ) -> ErrorProfile:
     """Put fitted layers together and measure how much the model's predictions depend on each."""
     geometry = geometry_of(model.config)
-    method = method_of(settings.method_settings)
     profile = ErrorProfile(
         geometry=geometry,
         key_mode=settings.key_mode,
@@ -204,12 +204,7 @@ def build_profile(
             "positions": blocks.positions,
             "held_out": settings.holdout,
         },
-        method={
-            "name": method.name,
-            **asdict(method),
-            "refine_steps": 0,
-            **({} if settings.propagate is None else {"propagate": settings.propagate}),
-        },
+        method=method_record(settings.method_settings, settings.propagate),
         seed=settings.seed,
     )
     fitting, held_out = blocks.split(settings.holdout)

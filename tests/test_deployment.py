@@ -11,7 +11,7 @@ import pytest
 import yaml
 from sqlalchemy import text
 
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.migrate import upgrade
 from app.settings import Settings
 from tests.postgres import postgres_url

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from orthokv.fit.settings import FitSettings
 from orthokv.plan.reachable import check_reachable
 
 from orthokv.bases.basis import orthonormal
@@ -32,6 +31,7 @@ from orthokv.spec.budget import Budget
 from orthokv.spec.errors import BudgetUnreachable, InvalidSetting
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.rankgrid import RankGrid, candidate_ranks
+from orthokv.spec.settings import FitSettings
 from orthokv.spec.sharing import GROUPED, group_width, sharings_of
 from orthokv.spec.vocabulary import Sharing, SharingChoice
 from orthokv.text.source import TextSource

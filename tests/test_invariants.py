@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from orthokv.fit.settings import FitSettings
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
@@ -29,6 +28,7 @@ from orthokv.plan.profile import ErrorProfile, LayerProfile
 from orthokv.spec.budget import Budget
 from orthokv.spec.footprint import Footprint, dense_bytes
 from orthokv.spec.geometry import STATIC_ROPE, rope_types
+from orthokv.spec.settings import FitSettings
 from orthokv.spec.sharing import sharings_of
 from orthokv.spec.vocabulary import KEY_MODES, KeyMode, SharingChoice
 from orthokv.text.blocks import Blocks

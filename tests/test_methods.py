@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from orthokv.fit.settings import FitSettings
 from torch import Tensor
 
 from orthokv.bases.basis import Bases, PartialBases, orthonormal
@@ -36,6 +35,7 @@ from orthokv.fit.walk import LayerWalk
 from orthokv.pipeline import fit_layers
 from orthokv.runtime.seam import Seam
 from orthokv.spec.errors import InvalidModel, InvalidSetting
+from orthokv.spec.settings import FitSettings
 from orthokv.spec.sharing import group_width
 from orthokv.spec.vocabulary import GROUP_HEADS, KEY_MODES, KeyMode, Sharing
 from tests.tiny import ARCHITECTURES, FAMILIES, GROUPINGS, tiny_blocks, tiny_model

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from orthokv.fit.settings import FitSettings
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -48,6 +47,7 @@ from orthokv.spec.errors import (
 from orthokv.spec.footprint import dense_bytes
 from orthokv.spec.geometry import Geometry, check_key_mode
 from orthokv.spec.progress import Step
+from orthokv.spec.settings import FitSettings
 from orthokv.spec.vocabulary import KEY_MODES
 from orthokv.text.source import TextMixture, TextSource
 from orthokv.text.written import self_text

@@ -17,7 +17,6 @@ from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import write_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.fit.polish import polish, polish_steps
-from orthokv.fit.settings import FitSettings
 from orthokv.measure.quality import quality
 from orthokv.models.loading import load
 from orthokv.models.source import resolve_model
@@ -32,6 +31,7 @@ from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.names import CONFIG
 from orthokv.spec.progress import Step
+from orthokv.spec.settings import FitSettings
 from orthokv.text.blocks import Blocks
 from orthokv.text.source import TextSource
 from orthokv.text.written import self_text

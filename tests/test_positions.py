@@ -22,7 +22,6 @@ from orthokv.bases.basis import Bases
 from orthokv.fit.methods import Weighted
 from orthokv.fit.refine import Refinement, refine
 from orthokv.fit.sensitivity import separate_divergences
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.task import view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.checkpoint import evaluate_checkpoint
@@ -39,6 +38,7 @@ from orthokv.runtime.seam import Seam, compressed
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidDataset, InvalidSetting
 from orthokv.spec.geometry import STATIC_ROPE, rope_types
+from orthokv.spec.settings import FitSettings
 from orthokv.text.blocks import Blocks, evenly, starts_over
 from orthokv.text.packing import load_blocks
 from orthokv.text.source import TextMixture, TextSource

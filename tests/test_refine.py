@@ -13,7 +13,6 @@ import torch
 from orthokv.bases.manifold import orthonormality_error
 from orthokv.compare import MethodChoice
 from orthokv.fit.refine import Refinement, _Teacher, refine
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.task import view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.quality import quality
@@ -23,6 +22,7 @@ from orthokv.plan.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.settings import FitSettings
 from orthokv.text.blocks import Blocks
 from orthokv.text.written import self_text
 from tests.tiny import tiny_blocks, tiny_folder, tiny_model, tiny_profile

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.make_model import write_model
 from orthokv.cli import main
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.checkpoint import evaluate_checkpoint
 from orthokv.models.fingerprint import matches, weight_fingerprints
@@ -31,6 +30,7 @@ from orthokv.pipeline import Compressed, build_profile, compress, fit_layers, pr
 from orthokv.serving.attach import attach, detach
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidModel, InvalidSetting, StorageError
+from orthokv.spec.settings import FitSettings
 from orthokv.text.source import TextSource
 from tests.tiny import (
     ARCHITECTURES,

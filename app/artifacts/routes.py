@@ -13,9 +13,9 @@ from app.artifacts.content import Conditions, content, elsewhere
 from app.artifacts.schemas import Artifact
 from app.auth.dependency import ArtifactsRead, JobsWrite, guarded
 from app.deletion import service as deletion
-from app.dependencies import Config, Db, Downloads, Store
-from app.errors import Code, Problem
-from app.ids import id_pattern
+from app.http.dependencies import Config, Db, Downloads, Store
+from app.http.errors import Code, Problem
+from app.infra.ids import id_pattern
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
 ArtifactId = Annotated[str, Path(pattern=id_pattern("art"))]

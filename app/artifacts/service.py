@@ -14,7 +14,7 @@ from app.artifacts.models import Artifact as Row
 from app.artifacts.schemas import Artifact
 from app.audit.service import record
 from app.auth.principal import Principal
-from app.errors import not_found
+from app.http.errors import not_found
 
 
 def get(session: Session, *, artifact_id: str, principal: Principal) -> Artifact:

@@ -14,11 +14,11 @@ from app.auth import repository, service
 from app.auth.models import ApiKey, Project
 from app.auth.principal import Principal, Scope
 from app.auth.schemas import ApiKeyCreate, ProjectCreate
-from app.database import SyncDatabase
 from app.deletion.service import delete_project
-from app.errors import Problem
+from app.http.errors import Problem
+from app.http.pagination import Cursor
+from app.infra.database import SyncDatabase
 from app.migrate import upgrade
-from app.pagination import Cursor
 from app.settings import Settings
 from app.starting import BAD_INPUT, starting, stop
 

@@ -15,8 +15,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from app.auth import repository, service
 from app.auth.principal import Principal, Scope, local_principal
 from app.auth.rate import RateLimit
-from app.dependencies import Config, Db
-from app.errors import Code, Problem, documented, request_id_of
+from app.http.dependencies import Config, Db
+from app.http.errors import Code, Problem, documented, request_id_of
 
 AUTH_CODES = (Code.UNAUTHENTICATED, Code.INSUFFICIENT_SCOPE, Code.RATE_LIMITED)
 _REALM = 'Bearer realm="orthokv"'

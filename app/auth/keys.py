@@ -13,7 +13,7 @@ import secrets
 import string
 import zlib
 
-from app.ids import id_pattern
+from app.infra.ids import id_pattern
 
 _BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 _SECRET_LENGTH = 43  # 256 bits

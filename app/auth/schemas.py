@@ -9,7 +9,7 @@ from pydantic import Field
 
 from app.auth.models import Project as ProjectRow
 from app.auth.principal import Scope
-from app.ids import id_pattern
+from app.infra.ids import id_pattern
 from app.schemas import Body, Resource
 
 Limit = Annotated[int, Field(ge=0, lt=2**31)]

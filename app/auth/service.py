@@ -12,10 +12,10 @@ from app.auth.models import ApiKey as KeyRow
 from app.auth.models import Project as ProjectRow
 from app.auth.principal import Principal, Scope
 from app.auth.schemas import ApiKey, ApiKeyCreate, ApiKeyCreated, Limits, Project, ProjectCreate
-from app.database import clock, now
-from app.errors import Code, FieldProblem, Problem, not_found
-from app.ids import new_id
-from app.pagination import Cursor, Page, page
+from app.http.errors import Code, FieldProblem, Problem, not_found
+from app.http.pagination import Cursor, Page, page
+from app.infra.database import clock, now
+from app.infra.ids import new_id
 
 _NO_DIGEST = "0" * 64
 

@@ -10,10 +10,10 @@ from app.auth.dependency import CheckpointsRead, CheckpointsWrite, guarded
 from app.checkpoints import service
 from app.checkpoints.schemas import Checkpoint, Manifest
 from app.deletion import service as deletion
-from app.dependencies import Db, PageCursor
-from app.errors import Code
-from app.ids import id_pattern
-from app.pagination import Page
+from app.http.dependencies import Db, PageCursor
+from app.http.errors import Code
+from app.http.pagination import Page
+from app.infra.ids import id_pattern
 
 router = APIRouter(prefix="/v1/checkpoints", tags=["checkpoints"])
 CheckpointId = Annotated[str, Path(pattern=id_pattern("ckpt"))]

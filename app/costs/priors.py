@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from app.costs.model import Band
+from app.costs.regression import Band
 
 GPU_FLOP_PER_SECOND = (6.06e11, 2.25e12)
 """Slowest and fastest fit in `benchmarks/results/quality-books-llama-31m.json`: one NVIDIA H200, several fits at a time."""

@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy import BigInteger, String
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, UtcDateTime, now
+from app.infra.database import Base, UtcDateTime, now
 
 
 class Garbage(Base):

@@ -14,7 +14,7 @@ from app.auth.repository import project_named
 from app.checkpoints.repository import find_checkpoint
 from app.datasets.repository import lock_dataset
 from app.deletion import repository
-from app.errors import Code, Problem, not_found
+from app.http.errors import Code, Problem, not_found
 from app.jobs.models import Job
 from app.jobs.repository import find_locked_job
 from app.jobs.vocabulary import TERMINAL, JobStatus

@@ -9,12 +9,12 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse
 
-from app.accept import prefers
 from app.auth.dependency import JobsRead, guarded
-from app.dependencies import Config, Db, Watch
-from app.errors import Code, Problem
 from app.events import service
 from app.events.schemas import EventPage
+from app.http.accept import prefers
+from app.http.dependencies import Config, Db, Watch
+from app.http.errors import Code, Problem
 from app.jobs.routes import JobId
 from app.metrics.counted import EVENT_STREAMS
 

@@ -11,10 +11,10 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from sqlalchemy.orm import Session
 
 from app.auth.principal import Principal
-from app.database import Database
-from app.errors import not_found
 from app.events import repository
 from app.events.schemas import Event, EventPage
+from app.http.errors import not_found
+from app.infra.database import Database
 from app.jobs.repository import find_version
 from app.jobs.vocabulary import TERMINAL
 from app.jobs.waiting import JobWatch

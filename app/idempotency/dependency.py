@@ -11,8 +11,8 @@ from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
 from app.auth.principal import Principal
-from app.dependencies import Config, Db
-from app.errors import Code
+from app.http.dependencies import Config, Db
+from app.http.errors import Code
 from app.idempotency.service import Answer, once
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, String, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, Id, Json, UtcDateTime, now
+from app.infra.database import Base, Id, Json, UtcDateTime, now
 from app.jobs.vocabulary import JobStatus, StepStatus
 from app.settings import DEFAULT_GPU_CLASS
 

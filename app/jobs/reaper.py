@@ -13,19 +13,19 @@ from datetime import timedelta
 import structlog
 from sqlalchemy.orm import Session
 
-from app import failpoints
-from app.database import SyncDatabase, after_commit
 from app.deletion.repository import known_keys
 from app.deletion.sweeps import expire_jobs, forget_uploads, free_bytes, grace_seconds
+from app.hints.dispatch import Dispatcher
 from app.idempotency import repository as idempotency
+from app.infra import failpoints
+from app.infra.database import SyncDatabase, after_commit
+from app.infra.storage import Storage
 from app.jobs import repository
-from app.jobs.dispatch import Dispatcher
 from app.jobs.lease import WORKER_LOST, RetryPolicy, end_attempt, stop_others
 from app.jobs.states import transition
 from app.jobs.vocabulary import JobStatus
 from app.metrics.counted import LEASE_EXPIRIES, REAPER_RESCUED, REAPER_SWEEPS
 from app.settings import Settings
-from app.storage import Storage
 
 _BATCH = 500
 

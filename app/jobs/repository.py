@@ -12,10 +12,10 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.auth.models import Project
 from app.auth.repository import lock_project
-from app.database import clock, now
+from app.http.pagination import Cursor, cut
+from app.infra.database import clock, now
 from app.jobs.models import Job, Layer, Step
 from app.jobs.vocabulary import JobStatus, StepStatus
-from app.pagination import Cursor, cut
 
 # What every poll of a client asks: made once, since that costs as much as running it.
 _FIND_JOB = select(Job).where(Job.id == bindparam("id"), Job.project_id == bindparam("project"))

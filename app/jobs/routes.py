@@ -8,20 +8,20 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from app import failpoints
 from app.auth.dependency import JobsRead, JobsWrite, guarded
 from app.deletion import service as deletion
-from app.dependencies import Config, Db, Hints, PageCursor, Watch
-from app.errors import Code
-from app.etags import matches
+from app.http.dependencies import Config, Db, Hints, PageCursor, Watch
+from app.http.errors import Code
+from app.http.etags import matches
+from app.http.pagination import Page
+from app.http.routing import BoundedRoute
 from app.idempotency.dependency import CREATION_CODES, Once
-from app.ids import id_pattern
+from app.infra import failpoints
+from app.infra.ids import id_pattern
 from app.jobs import service
 from app.jobs.schemas import Job, JobCreate, LayerList
 from app.jobs.vocabulary import JobStatus
 from app.jobs.waiting import wait_for_change
-from app.pagination import Page
-from app.routing import BoundedRoute
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=BoundedRoute)
 JobId = Annotated[str, Path(pattern=id_pattern("job"))]

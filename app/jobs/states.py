@@ -13,9 +13,9 @@ from typing import Any
 import structlog
 from sqlalchemy.orm import Session
 
-from app import failpoints
-from app.database import after_commit, clock
 from app.events.models import Event
+from app.infra import failpoints
+from app.infra.database import after_commit, clock
 from app.jobs.models import Job, Step
 from app.jobs.vocabulary import ENDED_STEPS, JOB_EDGES, STEP_EDGES, TERMINAL, JobStatus, StepStatus
 from app.metrics.counted import JOBS

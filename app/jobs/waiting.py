@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.auth.principal import Principal
-from app.database import Database
+from app.infra.database import Database
 from app.jobs import repository, service
 from app.jobs.repository import Moment
 from app.jobs.schemas import Job

@@ -1,7 +1,7 @@
 """What a process counts as it happens, in memory, from its start on.
 
 Every process has its own; Prometheus adds them up. Changes of rows are counted once they are committed
-(`app.database.after_commit`). Labels come from closed lists only: no ids, no names of projects, no paths.
+(`app.infra.database.after_commit`). Labels come from closed lists only: no ids, no names of projects, no paths.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def mlflow_export(
         raise stop(
             f"mlflow-export needs pip install 'orthokv[mlflow]' ({error.name} is not installed)", BAD_INPUT
         ) from error
-    from app.logs import configure
+    from app.infra.logs import configure
 
     configure()
     options = Options(

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orthokv.bases.basis import Bases
+from orthokv.bases.basis import Bases, Basis
 from orthokv.checkpoint.card import model_card
 from orthokv.checkpoint.read import Checkpoint, read_checkpoint
 from orthokv.files.digests import SUMS, read_sums, sums_of
@@ -29,8 +29,9 @@ from orthokv.runtime.measure import live_bytes_per_token
 from orthokv.spec.errors import CheckpointMismatch, InvalidSetting, StorageError
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.names import CARD, CONFIG, FORMAT_VERSION, QUANT_METHOD, TENSORS
-from orthokv.spec.records import CheckpointRecord
-from orthokv.spec.vocabulary import FORMS, Form
+from orthokv.spec.records import CheckpointRecord, LayerRanks, SideRank
+from orthokv.spec.version import producer
+from orthokv.spec.vocabulary import FORMS, Form, Sharing
 
 
 def write_checkpoint(
@@ -93,7 +94,7 @@ def _config(profile: ErrorProfile, plan: Plan, bases: list[Bases], *, form: Form
     measured_bytes = live_bytes_per_token(geometry, bases, profile.key_mode, codec)
     return {
         "format_version": FORMAT_VERSION,
-        "producer": profile.to_dict()["producer"],
+        "producer": producer(),
         "form": form,
         "base_model": profile.model,
         "geometry": geometry.to_dict(),
@@ -101,8 +102,7 @@ def _config(profile: ErrorProfile, plan: Plan, bases: list[Bases], *, form: Form
         "sharing": profile.sharing,
         "codec": {"name": codec.name},
         "ranks": [
-            {"sharing": layer.sharing, **_ranks(pair, geometry)}
-            for layer, pair in zip(profile.layers, bases, strict=True)
+            _ranks(layer.sharing, pair, geometry) for layer, pair in zip(profile.layers, bases, strict=True)
         ],
         "cache": {
             "bytes_per_token": measured_bytes,
@@ -119,12 +119,12 @@ def _config(profile: ErrorProfile, plan: Plan, bases: list[Bases], *, form: Form
     }
 
 
-def _ranks(layer: Bases, geometry: Geometry) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for side, basis in (("key", layer.key), ("value", layer.value)):
+def _ranks(sharing: Sharing, layer: Bases, geometry: Geometry) -> LayerRanks:
+    def side(basis: Basis) -> SideRank:
         total = basis.latents_per_token
-        found[side] = {"rank": basis.rank, "total": total, "per_head": total / geometry.kv_heads}
-    return found
+        return {"rank": basis.rank, "total": total, "per_head": total / geometry.kv_heads}
+
+    return {"sharing": sharing, "key": side(layer.key), "value": side(layer.value)}
 
 
 def _copy_base(base: ModelSource, folder: Path, profile: ErrorProfile) -> None:

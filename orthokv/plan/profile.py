@@ -18,7 +18,7 @@ from orthokv.files.reading import read_json, read_safetensors
 from orthokv.spec.errors import InvalidCheckpoint
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.records import BaseModel, Dataset, Method, upgrade_profile
-from orthokv.spec.version import VERSION
+from orthokv.spec.version import producer
 from orthokv.spec.vocabulary import KEY_MODES, SHARING_CHOICES, SHARINGS, KeyMode, Sharing, SharingChoice
 
 PROFILE_VERSION = 1
@@ -208,7 +208,7 @@ class ErrorProfile:
     def to_dict(self) -> dict[str, Any]:
         return {
             "format_version": PROFILE_VERSION,
-            "producer": {"name": "orthokv", "version": VERSION},
+            "producer": producer(),
             "model": self.model,
             "geometry": self.geometry.to_dict(),
             "key_mode": self.key_mode,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.vocabulary import CODECS, CodecName
@@ -72,4 +71,4 @@ def check_codec(name: str) -> CodecName:
     """The name, if it is one of `CODECS`; `InvalidSetting` otherwise."""
     if name not in CODECS:
         raise InvalidSetting(f"codec must be one of {', '.join(CODECS)}, not {name!r}")
-    return cast(CodecName, name)
+    return name

@@ -6,7 +6,7 @@ A method's settings are a frozen dataclass; what is a fact of the method and not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, get_args
+from typing import ClassVar, cast, get_args
 
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.vocabulary import Parameterisation, Retraction, Start, Statistics
@@ -154,7 +154,7 @@ def method_settings(name: str, **settings: object) -> MethodSettings:
 def default_steps(name: str) -> int:
     """Optimiser steps a layer where nothing else is asked for; 0 of a closed form."""
     field = METHODS[name].__dataclass_fields__.get("steps")
-    return 0 if field is None else int(field.default)
+    return 0 if field is None else int(cast(int, field.default))
 
 
 def _check_share(share: float | None) -> None:

@@ -5,8 +5,10 @@ Files are JSON; a record is the same object with its fields typed. Code behind t
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+from dataclasses import asdict
+from typing import Any, NotRequired, TypedDict, cast
 
+from orthokv.spec.methods import MethodSettings
 from orthokv.spec.vocabulary import KeyMode, Sharing, SharingChoice
 
 
@@ -36,7 +38,7 @@ class Dataset(TypedDict):
 
 
 class Method(TypedDict):
-    """A method by its name, the steps of the last stage, and its own settings beside them."""
+    """A method by its name, the steps of the last stage, and its own settings (`orthokv.spec.methods`) beside them."""
 
     name: str
     refine_steps: int
@@ -69,6 +71,12 @@ class Codec(TypedDict):
     name: str
 
 
+def method_record(settings: MethodSettings, propagate: float | None) -> Method:
+    """A method before its last stage."""
+    record = {"name": settings.name, **asdict(settings), "refine_steps": 0}
+    return cast(Method, record if propagate is None else {**record, "propagate": propagate})
+
+
 class CheckpointRecord(TypedDict):
     """`orthokv.json`."""
 
@@ -98,7 +106,7 @@ def upgrade_checkpoint(record: dict[str, Any]) -> CheckpointRecord:
         if isinstance(text, dict):
             # Blocks began at 0 before it was said where they begin.
             measured = {**measured, "dataset": {"starts": [0], **text}}
-    return {  # type: ignore[return-value]  # the reader checks what the file holds
+    upgraded = {
         "calibrated_positions": dataset["positions"],
         **record,
         "dataset": dataset,
@@ -108,6 +116,7 @@ def upgrade_checkpoint(record: dict[str, Any]) -> CheckpointRecord:
         "cache": {"number_bytes": 2, **record["cache"]},
         "measured": measured,
     }
+    return cast(CheckpointRecord, upgraded)  # the reader checks what the file holds
 
 
 def upgrade_profile(record: dict[str, Any]) -> dict[str, Any]:
@@ -123,9 +132,9 @@ def upgrade_profile(record: dict[str, Any]) -> dict[str, Any]:
 
 def _upgrade_dataset(found: dict[str, Any]) -> Dataset:
     """All blocks began at 0 before they could begin elsewhere."""
-    return {"positions": found["sequence_length"], **found}  # type: ignore[typeddict-item]
+    return cast(Dataset, {"positions": found["sequence_length"], **found})
 
 
 def _upgrade_method(found: dict[str, Any]) -> Method:
     """There was no last stage before its steps were recorded."""
-    return {"refine_steps": 0, **found}  # type: ignore[typeddict-item]
+    return cast(Method, {"refine_steps": 0, **found})

@@ -29,6 +29,9 @@ FORMS: tuple[Form, ...] = get_args(Form)
 CodecName = Literal["16-bit", "native"]
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 
+# Methods that fit bases (`orthokv.spec.methods`).
+MethodName = Literal["oblique", "stiefel", "weighted", "eigen", "palu"]
+
 Parameterisation = Literal["direct", "predictor"]
 # Where a learned orthonormal basis starts.
 Start = Literal["eigen", "weighted", "random"]

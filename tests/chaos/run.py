@@ -19,8 +19,8 @@ from typing import Any
 from sqlalchemy import select
 
 from app.checker.checks import check
-from app.database import SyncDatabase
 from app.idempotency.models import IdempotencyKey
+from app.infra.database import SyncDatabase
 from app.jobs.models import Job
 from app.jobs.reaper import sweep_orphans
 from app.jobs.vocabulary import TERMINAL

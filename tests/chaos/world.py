@@ -17,8 +17,8 @@ from typing import Any, Self
 import psutil
 import psycopg
 
+from app.infra.storage import Storage
 from app.migrate import upgrade
-from app.storage import Storage
 from tests.chaos.clock import Clock, make_clock
 from tests.chaos.proxy import Proxy
 from tests.crash.test_real import BODY as REAL_BODY

@@ -1,4 +1,4 @@
-"""`kill -9` at every named place of `app/failpoints.py`: what was acknowledged ends once, and the checker finds nothing."""
+"""`kill -9` at every named place of `app/infra/failpoints.py`: what was acknowledged ends once, the checker finds nothing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from app import failpoints
 from app.checker.checks import check
-from app.database import SyncDatabase
+from app.infra import failpoints
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage
 from app.jobs.reaper import sweep_orphans
 from app.migrate import upgrade
-from app.storage import Storage
 from tests.crash.test_scripted import RUNNER
 from tests.fleet import Api, Worker
 from tests.postgres import postgres_url

@@ -15,12 +15,12 @@ from sqlalchemy.orm import Session
 
 from app.auth.models import Project
 from app.auth.principal import DEFAULT_PROJECT_ID
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage
 from app.main import create_app
 from app.migrate import upgrade
 from app.models import metadata
 from app.settings import Settings
-from app.storage import Storage
 from tests.postgres import postgres_url
 from tests.redis_server import PrivateRedis, redis_url
 from tests.s3 import Bucket, new_bucket, s3_endpoint

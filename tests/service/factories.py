@@ -11,7 +11,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from app.auth.principal import Principal, local_principal
-from app.database import SyncDatabase, now
+from app.infra.database import SyncDatabase, now
 from app.jobs import service
 from app.jobs.commits import Produced, commit_layer, finish_step
 from app.jobs.lease import Lease, RetryPolicy, claim

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from app import failpoints
+from app.infra import failpoints
 
 FOLDER = Path(sys.argv[1])
 REQUEST: dict[str, Any] = json.load(sys.stdin)

@@ -13,13 +13,13 @@ from sqlalchemy import update
 
 from app.artifacts.models import Artifact
 from app.artifacts.repository import files_of_job
-from app.database import SyncDatabase
+from app.http.sendfile import ZeroCopyProtocol
+from app.infra.database import SyncDatabase
+from app.infra.storage import open_storage
 from app.jobs.vocabulary import StepName
 from app.main import create_app
-from app.sendfile import ZeroCopyProtocol
 from app.server import bound
 from app.settings import Settings
-from app.storage import open_storage
 from tests.server import until
 from tests.service.factories import finish, must_claim, queue_job
 

@@ -15,7 +15,7 @@ from app.auth import service
 from app.auth.models import ApiKey
 from app.auth.principal import Principal, Scope, local_principal
 from app.auth.schemas import ApiKeyCreate, Limits, ProjectCreate
-from app.database import SyncDatabase, now
+from app.infra.database import SyncDatabase, now
 
 ALL = tuple(Scope)
 TENANT = tuple(scope for scope in Scope if scope is not Scope.ADMIN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.accept import prefers
+from app.http.accept import prefers
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,image/webp,*/*;q=0.8"
 

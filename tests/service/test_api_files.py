@@ -17,11 +17,11 @@ from sqlalchemy import update
 
 from app.artifacts.models import Artifact
 from app.artifacts.repository import files_of_job
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage, digest_file
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.settings import Settings
-from app.storage import Storage, digest_file
 from tests.service.factories import complete, finish, must_claim, queue_job, read_job
 
 CONTENT = os.urandom(10_000)

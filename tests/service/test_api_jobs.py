@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.auth.principal import local_principal
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.jobs import service
 from app.jobs.lease import Failure, fail
 from app.jobs.schemas import LEARNED, Method

@@ -11,10 +11,10 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from app.database import SyncDatabase
-from app.errors import Code, ProblemDetail
+from app.http.errors import Code, ProblemDetail
+from app.http.openapi import main as openapi_main
+from app.infra.database import SyncDatabase
 from app.main import create_app
-from app.openapi import main as openapi_main
 from app.settings import Settings
 from tests.service.conftest import copy_of
 from tests.service.factories import job_body

@@ -14,9 +14,9 @@ from app.auth import keys
 from app.auth.models import ApiKey
 from app.auth.principal import DEFAULT_PROJECT_ID, Scope
 from app.auth.rate import RateLimit
-from app.database import SyncDatabase, now
-from app.errors import Problem
-from app.ids import new_id
+from app.http.errors import Problem
+from app.infra.database import SyncDatabase, now
+from app.infra.ids import new_id
 from app.main import create_app
 from app.settings import Settings
 from tests.service.factories import job_body

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.auth.principal import DEFAULT_PROJECT_ID
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.migrate import alembic_config, upgrade
 from tests.postgres import postgres_url
 

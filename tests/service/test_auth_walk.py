@@ -20,13 +20,13 @@ from pydantic import SecretStr
 
 from app.auth.keys import generate
 from app.auth.principal import DEFAULT_PROJECT_ID, Scope
-from app.database import SyncDatabase
-from app.errors import PROBLEM_JSON
-from app.ids import new_id
+from app.http.errors import PROBLEM_JSON
+from app.infra.database import SyncDatabase
+from app.infra.ids import new_id
+from app.infra.storage import Storage
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.settings import Settings
-from app.storage import Storage
 from tests.service.factories import advance, finish, job_body
 from tests.service.tenants import (
     ALL,
@@ -313,7 +313,7 @@ def test_every_guarded_operation_documents_its_refusals(settings: Settings) -> N
 
 
 def test_every_route_has_a_bound_on_its_body(settings: Settings) -> None:
-    from app.routing import BoundedRoute
+    from app.http.routing import BoundedRoute
 
     unbounded = {
         context.original_route.operation_id

@@ -16,7 +16,7 @@ from sqlalchemy import MetaData, text
 from sqlalchemy.orm import Session
 
 from app.auth.principal import DEFAULT_PROJECT_ID, Scope
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.migrate import upgrade
 from tests.receiver import Receiver, Reply
 from tests.server import Server, until

@@ -18,15 +18,15 @@ from app.auth.models import Project
 from app.auth.principal import DEFAULT_PROJECT_ID, local_principal
 from app.checker.checks import check
 from app.checkpoints.models import Checkpoint
-from app.database import SyncDatabase
 from app.events.models import Event
 from app.idempotency.models import IdempotencyKey
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage
 from app.jobs import service
 from app.jobs.models import Job, Layer, Step
 from app.jobs.reaper import return_lost
 from app.profiles.models import Profile
 from app.settings import Settings
-from app.storage import Storage
 from tests.service.factories import POLICY, Script, expire, hurry, must_claim, queue_job
 from tests.service.test_supervisor import run_to_end
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy import text
 from starlette.types import Receive, Scope, Send
 
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.settings import Settings
 from orthokv.client import (
     Conflict,

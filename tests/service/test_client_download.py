@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 from starlette.types import Receive, Scope, Send
 
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.settings import Settings
 from orthokv.client import (
     AsyncOrthoKV,

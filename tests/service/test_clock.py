@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import select, update
 
 from app.auth.principal import local_principal
-from app.database import SyncDatabase, now
+from app.infra.database import SyncDatabase, now
 from app.jobs import service
 from app.jobs.lease import RetryPolicy, beat
 from app.jobs.models import Job, Step

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from app.auth.principal import DEFAULT_PROJECT_ID
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage
 from app.jobs.vocabulary import StepName
-from app.storage import Storage
 from tests.fleet import Api
 from tests.server import REPOSITORY
 from tests.service.factories import advance, finish, queue_job

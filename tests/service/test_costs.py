@@ -20,18 +20,18 @@ from app.auth.principal import local_principal
 from app.auth.schemas import Limits
 from app.auth.service import set_limits
 from app.costs import priors
-from app.costs.model import MIN_RUNS, Run, fit_line, predict
+from app.costs.arithmetic import Asked, Shape, flop
 from app.costs.models import RunCost
-from app.costs.reading import NOTHING, Unfit, ask_hub, read_folder
-from app.costs.work import Asked, Shape, flop
-from app.database import SyncDatabase
+from app.costs.probe import NOTHING, Unfit, ask_hub, read_folder
+from app.costs.regression import MIN_RUNS, Run, fit_line, predict
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage
 from app.jobs.commits import Produced, commit_layer, finish_step
 from app.jobs.schemas import JobCreate
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.models import metadata
 from app.settings import Settings
-from app.storage import Storage
 from tests.hub import Hub, Repo, serve_hub
 from tests.service.factories import job_body, must_claim, queue_job
 from workers.orders import load_order, prepare

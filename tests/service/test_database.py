@@ -19,8 +19,8 @@ from sqlalchemy.orm import Session
 
 from app.auth.principal import DEFAULT_PROJECT_ID
 from app.auth.repository import lock_project
-from app.database import Database, DatabaseUnusable, SyncDatabase, clock, now
 from app.datasets.models import Dataset
+from app.infra.database import Database, DatabaseUnusable, SyncDatabase, clock, now
 from app.main import create_app
 from app.migrate import alembic_config, upgrade
 from app.settings import Settings
@@ -112,7 +112,7 @@ def test_writers_that_wait_hold_up_no_reader(database_url: str, database: SyncDa
 def test_a_request_that_gets_no_connection_in_time_is_told_so(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.database._WAIT_SECONDS", 0.05)
+    monkeypatch.setattr("app.infra.database._WAIT_SECONDS", 0.05)
     with TestClient(create_app(settings)) as client:
         database = client.app.state.database  # type: ignore[attr-defined]
         monkeypatch.setattr(database, "_readers", asyncio.Semaphore(0))

@@ -23,10 +23,11 @@ from app.auth.cli import projects
 from app.auth.principal import DEFAULT_PROJECT_ID
 from app.auth.schemas import Limits
 from app.auth.service import set_limits
-from app.database import SyncDatabase, now
 from app.datasets.models import Dataset
 from app.deletion.models import Garbage
 from app.deletion.sweeps import expire_jobs, forget_uploads, free_bytes
+from app.infra.database import SyncDatabase, now
+from app.infra.storage import Storage, StorageError, open_storage
 from app.jobs.lease import Failure, fail
 from app.jobs.models import Job
 from app.jobs.reaper import Reaper, sweep_orphans
@@ -34,7 +35,6 @@ from app.jobs.vocabulary import JobErrorCode, StepName
 from app.main import create_app
 from app.models import metadata
 from app.settings import Settings
-from app.storage import Storage, StorageError, open_storage
 from tests.s3 import Bucket
 from tests.service.factories import (
     POLICY,

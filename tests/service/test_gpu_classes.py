@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 
 from app.auth.principal import local_principal
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.jobs.reaper import resend_hints
 from app.jobs.vocabulary import StepName
 from app.main import create_app

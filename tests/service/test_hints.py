@@ -16,8 +16,8 @@ import redis
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from app.database import SyncDatabase
-from app.jobs.broker import CLOSE_SECONDS, CeleryDispatcher, make_celery, queue_of
+from app.hints.broker import CLOSE_SECONDS, CeleryDispatcher, make_celery, queue_of
+from app.infra.database import SyncDatabase
 from app.jobs.vocabulary import TERMINAL, JobStatus
 from app.main import create_app
 from app.settings import Settings
@@ -184,7 +184,7 @@ def test_the_api_needs_neither_torch_nor_celery() -> None:
 
 
 def test_a_broker_without_its_library_is_one_sentence() -> None:
-    then = "from app.starting import starting\nfrom app.jobs.dispatch import make_dispatcher\n"
+    then = "from app.starting import starting\nfrom app.hints.dispatch import make_dispatcher\n"
     then += "def run():\n    with starting():\n        make_dispatcher(Settings())\ntyper.run(run)"
     done = python(["celery"], then, ORTHOKV_BROKER_URL=NOBODY)
     assert done.returncode == 2

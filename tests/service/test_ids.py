@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from app.ids import id_pattern, new_id
+from app.infra.ids import id_pattern, new_id
 
 
 def test_ids_rise_strictly_within_a_process() -> None:

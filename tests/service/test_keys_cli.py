@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from app.auth.cli import keys
 from app.auth.exposure import is_loopback
 from app.auth.keys import generate, key_id_of
-from app.ids import new_id
+from app.infra.ids import new_id
 from orthokv.client.cli import jobs
 from tests.server import REPOSITORY, Server
 from tests.service.factories import Script, job_body
@@ -199,7 +199,7 @@ def test_no_output_and_no_file_holds_a_key(server: Server) -> None:
 def test_the_log_cuts_keys_out_of_whatever_it_is_given() -> None:
     key = generate(new_id("key"))
     code = (
-        "import os, structlog; from app.logs import configure; configure(); log = structlog.get_logger()\n"
+        "import os, structlog; from app.infra.logs import configure; configure(); log = structlog.get_logger()\n"
         "key = os.environ['KEY']\n"
         "log.info('said ' + key, header=f'Bearer {key}')\n"
         "try:\n    raise RuntimeError(key)\nexcept RuntimeError:\n    log.exception('failed')\n"

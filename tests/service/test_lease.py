@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from app.auth.principal import local_principal
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.jobs import service
 from app.jobs.commits import IncompleteResult, commit_progress
 from app.jobs.lease import Failure, LeaseLost, acknowledge_cancel, beat, fail, release

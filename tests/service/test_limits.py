@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.jobs.vocabulary import JobErrorCode, JobStatus, StepName
 from app.settings import Settings
 from tests.service.factories import Script, queue_job, read_job

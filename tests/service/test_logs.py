@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.auth.keys import generate
-from app.ids import new_id
+from app.infra.ids import new_id
 from app.jobs.vocabulary import StepName
 from app.settings import Settings
 from tests.server import REPOSITORY
@@ -22,7 +22,7 @@ from workers.protocol import Budget, ModelRef, Request, RunSettings
 
 def logged(code: str, *arguments: str) -> list[dict[str, Any]]:
     """What a process that has set up its logs writes to stderr."""
-    begin = "import logging, sys, structlog; from app.logs import configure; configure();"
+    begin = "import logging, sys, structlog; from app.infra.logs import configure; configure();"
     done = subprocess.run(
         [sys.executable, "-c", f"{begin} {code}", *arguments],
         capture_output=True,

@@ -14,9 +14,9 @@ from sqlalchemy.orm import Session
 
 from app.auth.principal import local_principal
 from app.checker.checks import check_rows
-from app.database import SyncDatabase, now
-from app.errors import Problem
 from app.events.models import Event
+from app.http.errors import Problem
+from app.infra.database import SyncDatabase, now
 from app.jobs import service
 from app.jobs.commits import IncompleteResult
 from app.jobs.lease import Failure, Lease, LeaseLost, acknowledge_cancel, beat, fail, release

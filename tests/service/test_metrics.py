@@ -16,9 +16,10 @@ from sqlalchemy import text, update
 from sqlalchemy.orm import Session
 
 from app.auth.principal import DEFAULT_PROJECT_ID
-from app.database import SyncDatabase, after_commit, now
-from app.ids import new_id
-from app.jobs.dispatch import LocalDispatcher
+from app.hints.pipe import LocalDispatcher
+from app.infra.database import SyncDatabase, after_commit, now
+from app.infra.ids import new_id
+from app.infra.storage import Storage
 from app.jobs.lease import Failure, fail
 from app.jobs.reaper import Reaper
 from app.jobs.vocabulary import JobErrorCode
@@ -28,7 +29,6 @@ from app.metrics.counted import REGISTRY
 from app.metrics.port import api_metrics, worker_metrics
 from app.metrics.stored import StoredMetrics
 from app.settings import Settings
-from app.storage import Storage
 from app.webhooks import attempts
 from app.webhooks.models import WebhookDelivery, WebhookEndpoint
 from tests.scrape import counted, scrape, values

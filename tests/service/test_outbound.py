@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.outbound import RESPONSE_BYTES, Outbound, Unreachable, UrlRefused, is_public
+from app.infra.outbound import RESPONSE_BYTES, Outbound, Unreachable, UrlRefused, is_public
 from tests.receiver import Receiver, Reply
 
 STRICT = Outbound()

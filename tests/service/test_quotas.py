@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 from app.auth import service as auth
 from app.auth.principal import DEFAULT_PROJECT_ID, local_principal
 from app.auth.schemas import Limits
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.jobs.lease import Lease, claim
 from app.main import create_app
 from app.settings import Settings

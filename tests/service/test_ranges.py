@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.artifacts.ranges import NotSatisfiable, parse_range
-from app.etags import matches
+from app.http.etags import matches
 
 small = st.integers(0, 30)
 

@@ -11,13 +11,13 @@ import pytest
 import structlog
 from sqlalchemy import event
 
-from app.database import SyncDatabase
-from app.jobs.dispatch import LocalDispatcher
+from app.hints.pipe import LocalDispatcher
+from app.infra.database import SyncDatabase
+from app.infra.logs import configure
+from app.infra.storage import Storage
 from app.jobs.reaper import Reaper
 from app.jobs.vocabulary import JobStatus
-from app.logs import configure
 from app.settings import Settings
-from app.storage import Storage
 from tests.service.factories import expire, must_claim, queue_job, read_job
 from tests.service.test_supervisor import running, until
 

@@ -17,8 +17,8 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
-from app import sendfile
-from app.sendfile import ZERO_COPY
+from app.http import sendfile
+from app.http.sendfile import ZERO_COPY
 from app.settings import Settings
 from tests.server import until
 from tests.service.serving import listening, planted, serving
@@ -137,7 +137,7 @@ def test_artifacts_are_sent_so(settings: Settings, tmp_path: Path, monkeypatch: 
         raise AssertionError("the file was read by the process")
         yield b""
 
-    monkeypatch.setattr("app.storage._read_local", unread)
+    monkeypatch.setattr("app.infra.storage._read_local", unread)
     artifact_id = planted(settings, CONTENT, tmp_path)
     with serving(settings) as url:
         path = f"{url}/v1/artifacts/{artifact_id}/content"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from app.storage import Storage, StorageError, Stored
+from app.infra.storage import Storage, StorageError, Stored
 
 NOW = timedelta(seconds=-5)
 

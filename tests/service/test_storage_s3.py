@@ -15,12 +15,12 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.artifacts.models import Artifact
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage, StorageError, Stored, open_storage
 from app.jobs.reaper import sweep_orphans
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.settings import Settings
-from app.storage import Storage, StorageError, Stored, open_storage
 from tests.s3 import Bucket
 from tests.service.factories import advance, queue_job
 from tests.service.test_storage import chunks, source

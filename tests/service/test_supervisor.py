@@ -16,7 +16,8 @@ from sqlalchemy import select, update
 from app.artifacts.models import Artifact
 from app.artifacts.repository import files_of_job
 from app.auth.principal import local_principal
-from app.database import SyncDatabase, now
+from app.infra.database import SyncDatabase, now
+from app.infra.storage import Storage
 from app.jobs import service
 from app.jobs.models import Step
 from app.jobs.reaper import sweep_orphans
@@ -25,7 +26,6 @@ from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobStatus
 from app.profiles.schemas import CheckpointCreate
 from app.profiles.service import create_checkpoint
 from app.settings import Settings
-from app.storage import Storage
 from tests.service.factories import Script, job_body, queue_job, read_job
 from workers.supervisor import Supervisor
 
@@ -384,9 +384,9 @@ def test_a_job_of_a_dataset_gets_its_bytes(
     database: SyncDatabase, settings: Settings, storage: Storage, script: Script, tmp_path: Path
 ) -> None:
     from app.auth.principal import DEFAULT_PROJECT_ID
-    from app.database import clock
     from app.datasets.models import Dataset
-    from app.ids import new_id
+    from app.infra.database import clock
+    from app.infra.ids import new_id
 
     text = tmp_path / "text"
     text.write_text("calibration text")

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from app.auth.principal import local_principal
-from app.database import Database, SyncDatabase
+from app.infra.database import Database, SyncDatabase
 from app.jobs import service
 from app.jobs.repository import Moment
 from app.jobs.waiting import JobWatch

@@ -24,13 +24,13 @@ from sqlalchemy.orm import Session
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from app.auth.principal import DEFAULT_PROJECT_ID
-from app.database import SyncDatabase, now
-from app.errors import PROBLEM_JSON
+from app.http.errors import PROBLEM_JSON
+from app.infra.database import SyncDatabase, now
+from app.infra.outbound import Outbound
+from app.infra.sealing import CannotOpen, Sealer, make_sealer
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.migrate import alembic_config
-from app.outbound import Outbound
-from app.sealing import CannotOpen, Sealer, make_sealer
 from app.settings import Settings
 from app.webhooks import attempts, repository
 from app.webhooks.models import WebhookDelivery, WebhookEndpoint
@@ -848,7 +848,7 @@ def test_the_library_that_signs_refuses_an_old_message() -> None:
 
 
 def test_no_other_field_of_a_request_is_a_url(client: TestClient) -> None:
-    """Who adds one has to say what checks it: `app/outbound.py`."""
+    """Who adds one has to say what checks it: `app/infra/outbound.py`."""
     document = client.get("/openapi.json").json()
     bodies = {
         operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]

@@ -10,12 +10,12 @@ from typing import Annotated
 from fastapi import Depends, Query, Request
 
 from app.audit.window import NotedOnce
-from app.database import Database
-from app.jobs.dispatch import Dispatcher
+from app.hints.dispatch import Dispatcher
+from app.http.pagination import Cursor, Order
+from app.infra.database import Database
+from app.infra.storage import Storage
 from app.jobs.waiting import JobWatch
-from app.pagination import Cursor, Order
 from app.settings import Settings
-from app.storage import Storage
 
 
 async def _settings(request: Request) -> Settings:

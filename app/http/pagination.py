@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from sqlalchemy import ColumnElement, Select, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from app.errors import Code, Problem
+from app.http.errors import Code, Problem
 
 T = TypeVar("T")
 Order = Literal["asc", "desc"]

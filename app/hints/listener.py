@@ -15,7 +15,7 @@ from celery.app.trace import setup_worker_optimizations
 from celery.worker import WorkController, state
 from kombu import Queue
 
-from app.jobs.broker import TASK, make_celery, queue_of
+from app.hints.broker import TASK, make_celery, queue_of
 
 RESTART_SECONDS = 5.0
 STOP_SECONDS = 5.0

@@ -1,7 +1,4 @@
-"""Hints.
-
-"there may be work". They only wake; the database decides, so a lost hint costs one poll interval.
-"""
+"""Hints through a named pipe in the data folder: both of its ends. No broker, and the pipe outlives both."""
 
 from __future__ import annotations
 
@@ -9,32 +6,12 @@ import contextlib
 import os
 import select
 from pathlib import Path
-from typing import Protocol
 
-from app.settings import DEFAULT_GPU_CLASS, Settings
-
-
-class Dispatcher(Protocol):
-    """Where hints go. The claim does not depend on them."""
-
-    def hint(self, gpu_class: str = DEFAULT_GPU_CLASS) -> None:
-        """Wake a worker of this class if one is listening. Never raises, never blocks."""
-
-    def close(self) -> None:
-        """Send what is still to be sent, within bounded time."""
-
-
-def make_dispatcher(settings: Settings) -> Dispatcher:
-    """Hints through the broker, or without one through the data folder."""
-    if not settings.broker_url:
-        return LocalDispatcher(settings.wake_file)
-    from app.jobs.broker import CeleryDispatcher  # its library is installed only where there is a broker
-
-    return CeleryDispatcher(settings.broker_url)
+from app.settings import DEFAULT_GPU_CLASS
 
 
 class LocalDispatcher:
-    """Wakes the worker of the same data folder through a named pipe: no broker, and it outlives both."""
+    """Wakes the worker of the same data folder."""
 
     def __init__(self, wake_file: Path) -> None:
         self._wake_file = wake_file

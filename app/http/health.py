@@ -9,10 +9,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app.dependencies import Db, Store
-from app.errors import Code, Problem, documented
+from app.http.dependencies import Db, Store
+from app.http.errors import Code, Problem, documented
+from app.infra.storage import StorageError
 from app.schemas import Resource
-from app.storage import StorageError
 
 router = APIRouter(tags=["health"])
 

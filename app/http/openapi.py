@@ -1,6 +1,6 @@
 """The OpenAPI document: built from the routes, committed as `openapi.json`, checked against it.
 
-python -m app.openapi [--check] [FILE]
+python -m app.http.openapi [--check] [FILE]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from app.errors import ProblemDetail
+from app.http.errors import ProblemDetail
 
 API_VERSION = "1.0.0"
 DOCUMENT = Path("openapi.json")
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
         path.write_text(document, encoding="utf-8")
         return 0
     if not path.is_file() or path.read_text(encoding="utf-8") != document:
-        sys.stderr.write(f"{path} differs from the routes: run `python -m app.openapi` and commit it\n")
+        sys.stderr.write(f"{path} differs from the routes: run `python -m app.http.openapi` and commit it\n")
         return 1
     return 0
 

@@ -14,8 +14,8 @@ from typing import Any, TextIO, cast
 import structlog
 from structlog.typing import EventDict, Processor
 
-from app import tracing
 from app.auth.keys import redact
+from app.infra import tracing
 
 
 def _without_keys(_logger: object, _method: str, line: Any) -> str:

@@ -35,10 +35,6 @@ class Sealer:
         except InvalidToken as error:
             raise CannotOpen("none of the keys of ORTHOKV_SECRET_KEYS opens this secret") from error
 
-    def is_current(self, sealed: str) -> bool:
-        """Whether the first key has sealed this."""
-        return sealed.startswith(f"{self.key_id}:")
-
 
 def make_sealer(settings: Settings) -> Sealer | None:
     """None when the server has no key, and so takes no secrets."""

@@ -9,8 +9,8 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import Code, Problem, render
-from app.ids import new_id
+from app.http.errors import Code, Problem, render
+from app.infra.ids import new_id
 from app.schemas import is_storable
 
 

@@ -16,7 +16,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx2
 
-from app.costs.work import Shape
+from app.costs.arithmetic import Shape
 from app.jobs.vocabulary import JobErrorCode
 
 _CONFIG = "config.json"
