@@ -640,7 +640,7 @@ def _add_commands() -> None:
             command = entry.load()
         except ModuleNotFoundError as error:
             # The library may be installed without the service's extras: say so when the command is used.
-            _add_unavailable(entry.name, error.name)
+            _add_unavailable(entry.name, str(error.name).partition(".")[0])
             continue
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=entry.name)
@@ -650,7 +650,7 @@ def _add_commands() -> None:
         _add_unavailable("jobs", _CLIENT)
 
 
-def _add_unavailable(name: str, missing: str | None) -> None:
+def _add_unavailable(name: str, missing: str) -> None:
     install = "./clients/python" if missing == _CLIENT else "'orthokv[server]'"
 
     def command() -> None:
@@ -658,7 +658,10 @@ def _add_unavailable(name: str, missing: str | None) -> None:
 
         raise InvalidSetting(f"'orthokv {name}' needs pip install {install} ({missing} is not installed)")
 
-    app.command(name, help=f"Needs pip install {install} ({missing} is not installed).")(command)
+    # Whatever it was given: the answer is the same.
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    about = f"Needs pip install {install} ({missing} is not installed)."
+    app.command(name, help=about, context_settings=anything)(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

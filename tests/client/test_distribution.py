@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import tomllib
 import venv
 from importlib.metadata import entry_points
@@ -108,6 +109,18 @@ def test_orthokv_jobs_is_the_clients() -> None:
     (entry,) = entry_points(group="orthokv.commands", name="jobs")
     assert entry.dist is not None
     assert (entry.dist.name, entry.value) == ("orthokv-client", "orthokv_client.cli:jobs")
+
+
+@pytest.mark.parametrize("command", [["jobs", "list", "--limit", "1"], ["mlflow-export", "--once"]])
+def test_without_it_a_command_says_where_it_is(command: list[str]) -> None:
+    program = "import sys; sys.modules['orthokv_client'] = None; from orthokv.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"orthokv: 'orthokv {command[0]}' needs pip install ./clients/python (orthokv_client is not installed)\n",
+    )
 
 
 def project(folder: Path) -> dict[str, Any]:
