@@ -294,7 +294,9 @@ def python_examples(document: str) -> list[str]:
     return [block for block in blocks if "orthokv_client" in block]
 
 
-@pytest.mark.parametrize(("document", "examples"), [("docs/service.md", 2), ("README.md", 1)])
+@pytest.mark.parametrize(
+    ("document", "examples"), [("docs/service.md", 2), ("README.md", 1), ("clients/python/README.md", 1)]
+)
 def test_the_documents_examples_run_as_they_stand(
     server: Server, tmp_path: Path, document: str, examples: int
 ) -> None:
