@@ -23,7 +23,6 @@ from rich.console import Console
 
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.cli.output import TABLE_COLUMNS
-from orthokv.client import OrthoKV
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.measure.checkpoint import evaluate_checkpoint
 from orthokv.models.loading import load
@@ -38,6 +37,7 @@ from orthokv.spec.budget import Budget
 from orthokv.spec.settings import FitSettings
 from orthokv.text.source import TextSource
 from orthokv.text.written import self_text
+from orthokv_client import OrthoKV
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

@@ -31,16 +31,8 @@ from transformers import (
 
 import orthokv
 from orthokv.checkpoint.read import Checkpoint, read_checkpoint
-from orthokv.checkpoint.write import (
-    CARD,
-    CONFIG,
-    FORMS,
-    SUMS,
-    TENSORS,
-    record_measurements,
-    verify_files,
-    write_checkpoint,
-)
+from orthokv.checkpoint.write import record_measurements, write_checkpoint
+from orthokv.files.digests import SUMS, verify_files
 from orthokv.models.source import ModelSource, resolve_model
 from orthokv.plan.allocate import allocate
 from orthokv.plan.plan import Plan
@@ -55,7 +47,8 @@ from orthokv.spec.errors import (
     StorageError,
     UnsupportedModel,
 )
-from orthokv.spec.vocabulary import KEY_MODES
+from orthokv.spec.names import CARD, CONFIG, TENSORS
+from orthokv.spec.vocabulary import FORMS, KEY_MODES
 from tests.tiny import (
     ARCHITECTURES,
     EAGER_ONLY,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from importlib.metadata import entry_points
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from orthokv.cli.show import evaluate, inspect
 from orthokv.compat import ClickException, NoArgsIsHelpError
 from orthokv.spec.errors import BudgetUnreachable, InvalidSetting, OrthoKVError
 from orthokv.spec.version import VERSION
+
+# On no index: installed from a folder of the repository.
+_CLIENT = "orthokv_client"
 
 app = typer.Typer(
     name="orthokv",
@@ -45,31 +48,33 @@ for _command in (compress, evaluate, compare, plan, generate, inspect, push):
 
 
 def _add_commands() -> None:
-    """Commands of installed packages (the service adds ``serve`` and ``jobs``); the library itself imports none of them."""
-    for entry in entry_points(group="orthokv.commands"):
+    """Commands of installed packages (the service adds `serve`, its client `jobs`); the library itself imports none of them."""
+    entries = entry_points(group="orthokv.commands")
+    for entry in entries:
         try:
             command = entry.load()
         except ModuleNotFoundError as error:
-            missing = error.name
             # The library may be installed without the service's extras: say so when the command is used.
-            extra = "client" if entry.module.startswith("orthokv.client") else "server"
-            app.command(entry.name, help=f"Needs the extra orthokv[{extra}] ({missing} is not installed).")(
-                _unavailable(entry.name, extra, missing)
-            )
+            _add_unavailable(entry.name, str(error.name).partition(".")[0])
             continue
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=entry.name)
         else:
             app.command(entry.name)(command)
+    if "jobs" not in entries.names:
+        _add_unavailable("jobs", _CLIENT)
 
 
-def _unavailable(name: str, extra: str, missing: str | None) -> Any:
+def _add_unavailable(name: str, missing: str) -> None:
+    install = "./clients/python" if missing == _CLIENT else "'orthokv[server]'"
+
     def command() -> None:
-        raise InvalidSetting(
-            f"'orthokv {name}' needs pip install 'orthokv[{extra}]' ({missing} is not installed)"
-        )
+        raise InvalidSetting(f"'orthokv {name}' needs pip install {install} ({missing} is not installed)")
 
-    return command
+    # Whatever it was given: the answer is the same.
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    about = f"Needs pip install {install} ({missing} is not installed)."
+    app.command(name, help=about, context_settings=anything)(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

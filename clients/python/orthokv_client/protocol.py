@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 import httpx2
 from pydantic import ValidationError
 
-from orthokv.client.base import Model
-from orthokv.client.errors import ApiError, UnexpectedAnswer, Unreachable, error_class
-from orthokv.client.models import FieldProblem
+from orthokv_client.base import Model
+from orthokv_client.errors import ApiError, UnexpectedAnswer, Unreachable, error_class
+from orthokv_client.models import FieldProblem
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
