@@ -19,7 +19,7 @@ from torch import Tensor
 from orthokv.bases.basis import Basis, orthonormal
 from orthokv.models.geometry import geometry_of
 from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Allocation, Plan
+from orthokv.plan.plan import Plan
 from orthokv.plan.profile import ErrorProfile, LayerProfile
 from orthokv.plan.published import depth_weights, threshold_ranks
 from orthokv.plan.search import allocate_for_perplexity
@@ -31,7 +31,7 @@ from orthokv.spec.footprint import Footprint, dense_bytes
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.rankgrid import RankGrid, candidate_ranks
 from orthokv.spec.sharing import group_width
-from orthokv.spec.vocabulary import KEY_MODES, SHARINGS, KeyMode, Sharing
+from orthokv.spec.vocabulary import KEY_MODES, SHARINGS, Allocation, KeyMode, Sharing
 from tests.tiny import GROUPINGS, tiny_config
 
 claim = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))

@@ -31,6 +31,7 @@ from orthokv.spec.footprint import Footprint, dense_bytes
 from orthokv.spec.geometry import STATIC_ROPE, rope_types
 from orthokv.spec.settings import FitSettings
 from orthokv.spec.sharing import sharings_of
+from orthokv.spec.target import Target
 from orthokv.spec.vocabulary import CODECS, KEY_MODES, KeyMode, SharingChoice
 from orthokv.text.blocks import Blocks
 from orthokv.text.source import TextSource
@@ -399,7 +400,7 @@ def test_a_learned_fit_goes_from_text_to_a_measured_checkpoint(name: str, tmp_pa
     settings = FitSettings(
         "stiefel", "tied", key_modes(name)[0], num_samples=8, sequence_length=24, profile_samples=8, steps=20
     )
-    found = compress(source, TextSource(str(text)), Budget("kept", 0.5), tmp_path / "out", settings)
+    found = compress(source, TextSource(str(text)), Target(Budget("kept", 0.5)), tmp_path / "out", settings)
     blocks = prepare_blocks(source, TextSource(str(text)), settings)
     start = list(fit_layers(load_model(source), blocks, replace(settings, method="eigen", steps=None)))
     assert sum(map(middle_error, found.profile.layers)) < sum(map(middle_error, start))
