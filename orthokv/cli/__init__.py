@@ -13,10 +13,11 @@ from orthokv.cli.fit import compare, compress, plan
 from orthokv.cli.output import out_console, stop
 from orthokv.cli.serve import generate, push
 from orthokv.cli.show import evaluate, inspect
-from orthokv.compat import ClickException, NoArgsIsHelpError
+from orthokv.compat import click_errors
 from orthokv.spec.errors import BudgetUnreachable, InvalidSetting, OrthoKVError
 from orthokv.spec.version import VERSION
 
+ClickException, NoArgsIsHelpError = click_errors()
 # On no index: installed from a folder of the repository.
 _CLIENT = "orthokv_client"
 

@@ -152,10 +152,11 @@ def test_dataset_files_are_uploaded_and_mixed(server: Server, script: Script, tm
     assert (first["format"], first["field"]) == ("jsonl", "body")
     assert (second["format"], Path(second["source"]).name) == ("text", "dataset-1.text")
     assert third["source"] == "self"
-    assert (request["settings"]["refine_steps"], request["rank_multiple"]) == (3, 16)
-    assert request["polish_steps"] == 0
+    target = request["target"]
+    assert (request["settings"]["refine_steps"], target["grid"]["multiple"]) == (3, 16)
+    assert target["polish_steps"] == 0
     assert (request["settings"]["key_mode"], request["settings"]["positions"]) == ("post", 4096)
-    assert (request["budget"], request["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
+    assert (target["budget"], target["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
 
 
 def test_a_local_model_is_sent_as_an_absolute_folder(server: Server, script: Script, tmp_path: Path) -> None:
