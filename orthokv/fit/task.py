@@ -28,13 +28,13 @@ class Comparison:
 class LayerTask:
     """One layer that has run on the blocks of a walk: what a basis costs there.
 
-    The first ``blocks`` of them are for fitting and for the error surface; those behind are held out.
+    The first `fitted_count` blocks are for fitting and for the error surface; those behind are held out.
     """
 
     index: int
     walk: LayerWalk
     seam: Seam
-    blocks: int
+    fitted_count: int
 
     @property
     def geometry(self) -> Geometry:
