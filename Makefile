@@ -73,7 +73,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m app.http.openapi --check
+	$(BIN)/python -m tools.openapi --check
 	$(BIN)/python -m tests.client_sources --check
 	$(BIN)/python -m tests.support_table --check
 	$(BIN)/python -m app.migrate --check
@@ -101,7 +101,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 openapi: $(STAMP)
-	$(BIN)/python -m app.http.openapi
+	$(BIN)/python -m tools.openapi
 	$(BIN)/python -m tests.client_sources
 
 client: $(STAMP)

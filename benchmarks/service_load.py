@@ -29,7 +29,6 @@ import structlog
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session
 
-from app.auth.principal import DEFAULT_PROJECT_ID
 from app.infra.database import SyncDatabase
 from app.infra.ids import new_id
 from app.jobs import repository
@@ -39,6 +38,7 @@ from app.jobs.models import Job
 from app.jobs.states import record
 from app.jobs.vocabulary import StepName
 from app.migrate import upgrade
+from app.principal import DEFAULT_PROJECT_ID
 from benchmarks.http_load import Connection, at_most, at_rate, message, milliseconds
 from benchmarks.seed_jobs import seed
 from tests.fleet import Api

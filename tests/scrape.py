@@ -10,7 +10,7 @@ import httpx2
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from app.metrics.counted import REGISTRY
+from app.infra.counted import REGISTRY
 
 
 def counted(name: str, **labels: str) -> float:

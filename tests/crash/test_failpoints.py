@@ -18,10 +18,10 @@ import httpx2
 import pytest
 
 from app.checker.checks import check
+from app.deletion.orphans import sweep_orphans
 from app.infra import failpoints
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
-from app.jobs.reaper import sweep_orphans
 from app.migrate import upgrade
 from tests.crash.test_scripted import RUNNER
 from tests.fleet import Api, Worker

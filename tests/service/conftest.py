@@ -14,12 +14,12 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from app.auth.models import Project
-from app.auth.principal import DEFAULT_PROJECT_ID
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
 from app.main import create_app
 from app.migrate import upgrade
 from app.models import metadata
+from app.principal import DEFAULT_PROJECT_ID
 from app.settings import Settings
 from tests.postgres import postgres_url
 from tests.redis_server import PrivateRedis, redis_url

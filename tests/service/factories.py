@@ -10,7 +10,6 @@ from typing import Any
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from app.auth.principal import Principal, local_principal
 from app.infra.database import SyncDatabase, now
 from app.jobs import service
 from app.jobs.commits import Produced, commit_layer, finish_step
@@ -18,6 +17,7 @@ from app.jobs.lease import Lease, RetryPolicy, claim
 from app.jobs.models import Step
 from app.jobs.schemas import Job, JobCreate
 from app.jobs.vocabulary import StepName
+from app.principal import Principal, local_principal
 from app.settings import DEFAULT_GPU_CLASS, Settings
 
 POLICY = RetryPolicy(max_failures=3, backoff_seconds=0.001)

@@ -11,11 +11,11 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from sqlalchemy import update
 from starlette.routing import Route
 
-from app.auth import service
 from app.auth.models import ApiKey
-from app.auth.principal import Principal, Scope, local_principal
-from app.auth.schemas import ApiKeyCreate, Limits, ProjectCreate
 from app.infra.database import SyncDatabase, now
+from app.principal import Principal, Scope, local_principal
+from app.projects import service
+from app.projects.schemas import ApiKeyCreate, Limits, ProjectCreate
 
 ALL = tuple(Scope)
 TENANT = tuple(scope for scope in Scope if scope is not Scope.ADMIN)

@@ -9,12 +9,12 @@ from typing import Any, get_args
 import pytest
 from fastapi.testclient import TestClient
 
-from app.auth.principal import local_principal
 from app.infra.database import SyncDatabase
 from app.jobs import service
 from app.jobs.lease import Failure, fail
 from app.jobs.schemas import LEARNED, Method
 from app.jobs.vocabulary import JobErrorCode, StepName
+from app.principal import local_principal
 from orthokv.methods import METHODS
 from tests.service.factories import (
     POLICY,
@@ -363,7 +363,7 @@ class TestEvents:
         assert ended.status_code == 204
 
     def test_streams_are_limited_and_freed(self, client: TestClient, database: SyncDatabase) -> None:
-        from app.events.routes import StreamSlots
+        from app.jobs.event_routes import StreamSlots
 
         client.app.state.streams = StreamSlots(1, 1)  # type: ignore[attr-defined]
         job_id = post_job(client)["id"]

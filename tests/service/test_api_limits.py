@@ -11,9 +11,9 @@ from sqlalchemy import select, text, update
 from sqlalchemy.exc import OperationalError
 
 from app.auth.models import Project
-from app.events.routes import StreamSlots
 from app.http.errors import Problem
 from app.infra.database import SyncDatabase, Timeouts, now
+from app.jobs.event_routes import StreamSlots
 from app.jobs.lease import TIME_UP, TimeUp, beat, fail
 from app.jobs.models import Job
 from app.main import create_app

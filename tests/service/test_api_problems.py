@@ -12,12 +12,12 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from app.http.errors import Code, ProblemDetail
-from app.http.openapi import main as openapi_main
 from app.infra.database import SyncDatabase
 from app.main import create_app
 from app.settings import Settings
 from tests.service.conftest import copy_of
 from tests.service.factories import job_body
+from tools.openapi import main as openapi_main
 
 CANARY = "hunter2-secret"
 

@@ -10,14 +10,14 @@ from fastapi.testclient import TestClient
 from sqlalchemy import text
 from sqlalchemy.exc import DatabaseError
 
-from app.auth import keys
 from app.auth.models import ApiKey
-from app.auth.principal import DEFAULT_PROJECT_ID, Scope
 from app.auth.rate import RateLimit
 from app.http.errors import Problem
+from app.infra import keys
 from app.infra.database import SyncDatabase, now
 from app.infra.ids import new_id
 from app.main import create_app
+from app.principal import DEFAULT_PROJECT_ID, Scope
 from app.settings import Settings
 from tests.service.factories import job_body
 from tests.service.tenants import ALL, TENANT, bearer, new_key, new_project

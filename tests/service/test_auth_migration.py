@@ -12,9 +12,9 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from app.auth.principal import DEFAULT_PROJECT_ID
 from app.infra.database import SyncDatabase
 from app.migrate import alembic_config, upgrade
+from app.principal import DEFAULT_PROJECT_ID
 from tests.postgres import postgres_url
 
 T = "2026-01-02 03:04:05.678"

@@ -18,14 +18,14 @@ from fastapi.routing import APIRoute, iter_route_contexts
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from app.auth.keys import generate
-from app.auth.principal import DEFAULT_PROJECT_ID, Scope
 from app.http.errors import PROBLEM_JSON
 from app.infra.database import SyncDatabase
 from app.infra.ids import new_id
+from app.infra.keys import generate
 from app.infra.storage import Storage
 from app.jobs.vocabulary import StepName
 from app.main import create_app
+from app.principal import DEFAULT_PROJECT_ID, Scope
 from app.settings import Settings
 from tests.service.factories import advance, finish, job_body
 from tests.service.tenants import (

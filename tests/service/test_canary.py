@@ -15,9 +15,9 @@ from cryptography.fernet import Fernet
 from sqlalchemy import MetaData, text
 from sqlalchemy.orm import Session
 
-from app.auth.principal import DEFAULT_PROJECT_ID, Scope
 from app.infra.database import SyncDatabase
 from app.migrate import upgrade
+from app.principal import DEFAULT_PROJECT_ID, Scope
 from tests.receiver import Receiver, Reply
 from tests.server import Server, until
 from tests.service.factories import Script, job_body
@@ -167,9 +167,9 @@ def test_no_log_no_database_and_no_error_holds_a_secret(
 
 
 def _peppered_key(database: SyncDatabase, pepper: str) -> str:
-    from app.auth import service
-    from app.auth.principal import local_principal
-    from app.auth.schemas import ApiKeyCreate
+    from app.principal import local_principal
+    from app.projects import service
+    from app.projects.schemas import ApiKeyCreate
 
     body = ApiKeyCreate(name="canary", scopes=list(Scope), project_id=DEFAULT_PROJECT_ID)
     return database.write(service.create_key, body=body, principal=local_principal(), pepper=pepper).key

@@ -15,16 +15,15 @@ from typer.testing import CliRunner
 from app.__main__ import commands
 from app.artifacts.models import Artifact
 from app.auth.models import Project
-from app.auth.principal import DEFAULT_PROJECT_ID, local_principal
 from app.checker.checks import check
 from app.checkpoints.models import Checkpoint
-from app.events.models import Event
 from app.idempotency.models import IdempotencyKey
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
 from app.jobs import service
-from app.jobs.models import Job, Layer, Step
-from app.jobs.reaper import return_lost
+from app.jobs.models import Event, Job, Layer, Step
+from app.jobs.repairs import return_lost
+from app.principal import DEFAULT_PROJECT_ID, local_principal
 from app.profiles.models import Profile
 from app.settings import Settings
 from tests.service.factories import POLICY, Script, expire, hurry, must_claim, queue_job

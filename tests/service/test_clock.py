@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from sqlalchemy import select, update
 
-from app.auth.principal import local_principal
 from app.infra.database import SyncDatabase, now
 from app.jobs import service
 from app.jobs.lease import RetryPolicy, beat
 from app.jobs.models import Job, Step
-from app.jobs.reaper import end_stuck_cancels, mend_times
+from app.jobs.repairs import end_stuck_cancels, mend_times
+from app.principal import local_principal
 from tests.service.factories import LEASE_SECONDS, POLICY, claim_next, must_claim, queue_job
 
 

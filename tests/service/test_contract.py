@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from app.auth.principal import DEFAULT_PROJECT_ID
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
 from app.jobs.vocabulary import StepName
+from app.principal import DEFAULT_PROJECT_ID
 from tests.fleet import Api
 from tests.server import REPOSITORY
 from tests.service.factories import advance, finish, queue_job

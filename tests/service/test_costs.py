@@ -16,9 +16,6 @@ from fastapi.testclient import TestClient
 from sqlalchemy import func, select
 
 from app.artifacts.models import Artifact
-from app.auth.principal import local_principal
-from app.auth.schemas import Limits
-from app.auth.service import set_limits
 from app.costs import priors
 from app.costs.arithmetic import Asked, Shape, flop
 from app.costs.models import RunCost
@@ -31,6 +28,9 @@ from app.jobs.schemas import JobCreate
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.models import metadata
+from app.principal import local_principal
+from app.projects.schemas import Limits
+from app.projects.service import set_limits
 from app.settings import Settings
 from tests.hub import Hub, Repo, serve_hub
 from tests.service.factories import job_body, must_claim, queue_job

@@ -17,12 +17,12 @@ from sqlalchemy import func, inspect, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from app.auth.principal import DEFAULT_PROJECT_ID
 from app.auth.repository import lock_project
 from app.datasets.models import Dataset
 from app.infra.database import Database, DatabaseUnusable, SyncDatabase, clock, now
 from app.main import create_app
 from app.migrate import alembic_config, upgrade
+from app.principal import DEFAULT_PROJECT_ID
 from app.settings import Settings
 from tests.postgres import postgres_url
 

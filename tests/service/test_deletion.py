@@ -19,21 +19,22 @@ from sqlalchemy import select, text, update
 from typer.testing import CliRunner
 
 from app.artifacts.models import Artifact
-from app.auth.cli import projects
-from app.auth.principal import DEFAULT_PROJECT_ID
-from app.auth.schemas import Limits
-from app.auth.service import set_limits
 from app.datasets.models import Dataset
-from app.deletion.models import Garbage
+from app.deletion.orphans import sweep_orphans
 from app.deletion.sweeps import expire_jobs, forget_uploads, free_bytes
 from app.infra.database import SyncDatabase, now
+from app.infra.garbage import Garbage
 from app.infra.storage import Storage, StorageError, open_storage
 from app.jobs.lease import Failure, fail
 from app.jobs.models import Job
-from app.jobs.reaper import Reaper, sweep_orphans
 from app.jobs.vocabulary import JobErrorCode, StepName
 from app.main import create_app
 from app.models import metadata
+from app.principal import DEFAULT_PROJECT_ID
+from app.projects.cli import projects
+from app.projects.schemas import Limits
+from app.projects.service import set_limits
+from app.reaper import Reaper
 from app.settings import Settings
 from tests.s3 import Bucket
 from tests.service.factories import (

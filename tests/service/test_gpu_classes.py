@@ -10,12 +10,12 @@ from alembic import command
 from fastapi.testclient import TestClient
 from sqlalchemy import text
 
-from app.auth.principal import local_principal
 from app.infra.database import SyncDatabase
-from app.jobs.reaper import resend_hints
+from app.jobs.repairs import resend_hints
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.migrate import SchemaBehind, alembic_config, require_schema, upgrade
+from app.principal import local_principal
 from app.profiles.schemas import CheckpointCreate
 from app.profiles.service import create_checkpoint
 from app.settings import DEFAULT_GPU_CLASS, Settings

@@ -13,10 +13,10 @@ import httpx2
 import pytest
 from typer.testing import CliRunner, Result
 
-from app.auth.cli import keys
 from app.auth.exposure import is_loopback
-from app.auth.keys import generate, key_id_of
 from app.infra.ids import new_id
+from app.infra.keys import generate, key_id_of
+from app.projects.cli import keys
 from orthokv.client.cli import jobs
 from tests.server import REPOSITORY, Server
 from tests.service.factories import Script, job_body

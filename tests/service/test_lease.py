@@ -6,14 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from app.auth.principal import local_principal
 from app.infra.database import SyncDatabase
 from app.jobs import service
 from app.jobs.commits import IncompleteResult, commit_progress
 from app.jobs.lease import Failure, LeaseLost, acknowledge_cancel, beat, fail, release
-from app.jobs.reaper import end_stuck_cancels, return_lost
+from app.jobs.repairs import end_stuck_cancels, return_lost
 from app.jobs.schemas import Job
 from app.jobs.vocabulary import JobErrorCode, JobStatus, StepName, StepStatus
+from app.principal import local_principal
 from app.settings import Settings
 from tests.service.factories import (
     LAYERS,

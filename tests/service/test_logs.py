@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from app.auth.keys import generate
 from app.infra.ids import new_id
+from app.infra.keys import generate
 from app.jobs.vocabulary import StepName
 from app.settings import Settings
 from tests.server import REPOSITORY

@@ -12,18 +12,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
-from app.auth.principal import local_principal
 from app.checker.checks import check_rows
-from app.events.models import Event
 from app.http.errors import Problem
 from app.infra.database import SyncDatabase, now
 from app.jobs import service
 from app.jobs.commits import IncompleteResult
 from app.jobs.lease import Failure, Lease, LeaseLost, acknowledge_cancel, beat, fail, release
-from app.jobs.models import Job, Layer, Step
-from app.jobs.reaper import end_stuck_cancels, mend_times, return_lost
+from app.jobs.models import Event, Job, Layer, Step
+from app.jobs.repairs import end_stuck_cancels, mend_times, return_lost
 from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobStatus, StepName, StepStatus
 from app.models import metadata
+from app.principal import local_principal
 from app.settings import Settings
 from tests.service.factories import (
     LAYERS,

@@ -15,19 +15,19 @@ from prometheus_client import Metric
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session
 
-from app.auth.principal import DEFAULT_PROJECT_ID
 from app.hints.pipe import LocalDispatcher
+from app.infra.counted import REGISTRY
 from app.infra.database import SyncDatabase, after_commit, now
 from app.infra.ids import new_id
 from app.infra.storage import Storage
 from app.jobs.lease import Failure, fail
-from app.jobs.reaper import Reaper
 from app.jobs.vocabulary import JobErrorCode
 from app.main import create_app
 from app.metrics import stored
-from app.metrics.counted import REGISTRY
 from app.metrics.port import api_metrics, worker_metrics
 from app.metrics.stored import StoredMetrics
+from app.principal import DEFAULT_PROJECT_ID
+from app.reaper import Reaper
 from app.settings import Settings
 from app.webhooks import attempts
 from app.webhooks.models import WebhookDelivery, WebhookEndpoint

@@ -8,12 +8,12 @@ import threading
 import pytest
 from fastapi.testclient import TestClient
 
-from app.auth import service as auth
-from app.auth.principal import DEFAULT_PROJECT_ID, local_principal
-from app.auth.schemas import Limits
 from app.infra.database import SyncDatabase
 from app.jobs.lease import Lease, claim
 from app.main import create_app
+from app.principal import DEFAULT_PROJECT_ID, local_principal
+from app.projects import service as auth
+from app.projects.schemas import Limits
 from app.settings import Settings
 from tests.server import REPOSITORY
 from tests.service.factories import finish, job_body, must_claim, queue_job

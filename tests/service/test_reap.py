@@ -15,8 +15,8 @@ from app.hints.pipe import LocalDispatcher
 from app.infra.database import SyncDatabase
 from app.infra.logs import configure
 from app.infra.storage import Storage
-from app.jobs.reaper import Reaper
 from app.jobs.vocabulary import JobStatus
+from app.reaper import Reaper
 from app.settings import Settings
 from tests.service.factories import expire, must_claim, queue_job, read_job
 from tests.service.test_supervisor import running, until

@@ -11,9 +11,8 @@ from sqlalchemy.orm import Session
 
 import app
 import workers
-from app.events.repository import events_after
 from app.infra.database import SyncDatabase
-from app.jobs.repository import lock_job, steps_of
+from app.jobs.repository import events_after, lock_job, steps_of
 from app.jobs.states import IllegalTransition, move_step, transition
 from app.jobs.vocabulary import (
     JOB_EDGES,

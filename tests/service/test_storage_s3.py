@@ -15,9 +15,9 @@ import pytest
 from fastapi.testclient import TestClient
 
 from app.artifacts.models import Artifact
+from app.deletion.orphans import sweep_orphans
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage, StorageError, Stored, open_storage
-from app.jobs.reaper import sweep_orphans
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.settings import Settings

@@ -15,14 +15,14 @@ from sqlalchemy import select, update
 
 from app.artifacts.models import Artifact
 from app.artifacts.repository import files_of_job
-from app.auth.principal import local_principal
+from app.deletion.orphans import sweep_orphans
 from app.infra.database import SyncDatabase, now
 from app.infra.storage import Storage
 from app.jobs import service
 from app.jobs.models import Step
-from app.jobs.reaper import sweep_orphans
 from app.jobs.schemas import Job
 from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobStatus
+from app.principal import local_principal
 from app.profiles.schemas import CheckpointCreate
 from app.profiles.service import create_checkpoint
 from app.settings import Settings
@@ -383,10 +383,10 @@ def test_the_sweep_deletes_what_no_row_refers_to(
 def test_a_job_of_a_dataset_gets_its_bytes(
     database: SyncDatabase, settings: Settings, storage: Storage, script: Script, tmp_path: Path
 ) -> None:
-    from app.auth.principal import DEFAULT_PROJECT_ID
     from app.datasets.models import Dataset
     from app.infra.database import clock
     from app.infra.ids import new_id
+    from app.principal import DEFAULT_PROJECT_ID
 
     text = tmp_path / "text"
     text.write_text("calibration text")

@@ -19,10 +19,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanContext, StatusCode
 
-from app.auth.keys import generate
 from app.infra import tracing
 from app.infra.database import SyncDatabase
 from app.infra.ids import new_id
+from app.infra.keys import generate
 from app.jobs.repository import get_job
 from app.jobs.vocabulary import JobStatus
 from app.settings import Settings

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from app.auth.principal import local_principal
 from app.infra.database import Database, SyncDatabase
 from app.jobs import service
 from app.jobs.repository import Moment
 from app.jobs.waiting import JobWatch
+from app.principal import local_principal
 from tests.service.factories import queue_job
 
 POLL_SECONDS = 0.02

@@ -23,7 +23,6 @@ from sqlalchemy import inspect, select, text, update
 from sqlalchemy.orm import Session
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from app.auth.principal import DEFAULT_PROJECT_ID
 from app.http.errors import PROBLEM_JSON
 from app.infra.database import SyncDatabase, now
 from app.infra.outbound import Outbound
@@ -31,6 +30,7 @@ from app.infra.sealing import CannotOpen, Sealer, make_sealer
 from app.jobs.vocabulary import StepName
 from app.main import create_app
 from app.migrate import alembic_config
+from app.principal import DEFAULT_PROJECT_ID
 from app.settings import Settings
 from app.webhooks import attempts, repository
 from app.webhooks.models import WebhookDelivery, WebhookEndpoint

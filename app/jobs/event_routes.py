@@ -10,13 +10,13 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse
 
 from app.auth.dependency import JobsRead, guarded
-from app.events import service
-from app.events.schemas import EventPage
 from app.http.accept import prefers
-from app.http.dependencies import Config, Db, Watch
+from app.http.dependencies import Config, Db
 from app.http.errors import Code, Problem
-from app.jobs.routes import JobId
-from app.metrics.counted import EVENT_STREAMS
+from app.infra.counted import EVENT_STREAMS
+from app.jobs import events as service
+from app.jobs.dependencies import JobId, Watch
+from app.jobs.schemas import EventPage
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 LARGEST_NUMBER = 2**31 - 1  # of an integer column

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from sqlalchemy.orm import Session
 
-from app.auth.principal import Principal
-from app.events import repository
-from app.events.schemas import Event, EventPage
 from app.http.errors import not_found
 from app.infra.database import Database
+from app.jobs import repository
 from app.jobs.repository import find_version
+from app.jobs.schemas import Event, EventPage
 from app.jobs.vocabulary import TERMINAL
 from app.jobs.waiting import JobWatch
+from app.principal import Principal
 
 _BATCH = 100
 _RETRY_MILLISECONDS = 5_000

@@ -7,15 +7,15 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 from fastapi.responses import JSONResponse
 
-from app.auth import service
 from app.auth.dependency import Admin, KeysManage, guarded
-from app.auth.schemas import ApiKey, ApiKeyCreate, ApiKeyCreated, Project, ProjectCreate, ProjectUpdate
 from app.http.dependencies import Config, Db, PageCursor
 from app.http.errors import Code
 from app.http.pagination import Page
 from app.http.routing import BoundedRoute
 from app.idempotency.dependency import CREATION_CODES, Once
 from app.infra.ids import id_pattern
+from app.projects import service
+from app.projects.schemas import ApiKey, ApiKeyCreate, ApiKeyCreated, Project, ProjectCreate, ProjectUpdate
 
 projects = APIRouter(prefix="/v1/projects", tags=["projects"], route_class=BoundedRoute)
 keys = APIRouter(prefix="/v1/api_keys", tags=["api_keys"], route_class=BoundedRoute)

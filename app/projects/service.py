@@ -1,38 +1,20 @@
-"""What may be done with projects and API keys, and the check of a key."""
+"""What may be done with projects and API keys."""
 
 from __future__ import annotations
-
-import hmac
 
 from sqlalchemy.orm import Session
 
 from app.audit.service import record
-from app.auth import keys, repository
+from app.auth import repository
 from app.auth.models import ApiKey as KeyRow
 from app.auth.models import Project as ProjectRow
-from app.auth.principal import Principal, Scope
-from app.auth.schemas import ApiKey, ApiKeyCreate, ApiKeyCreated, Limits, Project, ProjectCreate
 from app.http.errors import Code, FieldProblem, Problem, not_found
 from app.http.pagination import Cursor, Page, page
+from app.infra import keys
 from app.infra.database import clock, now
 from app.infra.ids import new_id
-
-_NO_DIGEST = "0" * 64
-
-
-def check_key(session: Session, text: str, *, pepper: str) -> tuple[Principal, bool] | None:
-    """The principal of a key and whether its use is due to be noted; None when the key is not valid."""
-    key_id = keys.key_id_of(text)
-    if key_id is None:
-        return None
-    found = repository.usable_key(session, key_id)
-    # Compared in constant time, and also when there is no such key: the time tells nothing.
-    expected = _NO_DIGEST if found is None else found[0].digest
-    matches = hmac.compare_digest(keys.digest(text, pepper), expected)
-    if found is None or not matches:
-        return None
-    row, stale = found
-    return Principal(row.project_id, row.id, frozenset(map(Scope, row.scopes))), stale
+from app.principal import Principal, Scope
+from app.projects.schemas import ApiKey, ApiKeyCreate, ApiKeyCreated, Limits, Project, ProjectCreate
 
 
 def create_project(session: Session, *, body: ProjectCreate, principal: Principal) -> Project:

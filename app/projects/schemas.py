@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from app.auth.models import Project as ProjectRow
-from app.auth.principal import Scope
 from app.infra.ids import id_pattern
+from app.principal import Scope
 from app.schemas import Body, Resource
 
 Limit = Annotated[int, Field(ge=0, lt=2**31)]

@@ -10,15 +10,16 @@ from typing import Annotated, TypeVar
 import typer
 from sqlalchemy.orm import Session
 
-from app.auth import repository, service
+from app.auth import repository
 from app.auth.models import ApiKey, Project
-from app.auth.principal import Principal, Scope
-from app.auth.schemas import ApiKeyCreate, ProjectCreate
 from app.deletion.service import delete_project
 from app.http.errors import Problem
 from app.http.pagination import Cursor
 from app.infra.database import SyncDatabase
 from app.migrate import upgrade
+from app.principal import Principal, Scope
+from app.projects import service
+from app.projects.schemas import ApiKeyCreate, ProjectCreate
 from app.settings import Settings
 from app.starting import BAD_INPUT, starting, stop
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.platform_collector import PlatformCollector
 
-from app.jobs.vocabulary import JobErrorCode, JobStatus
-
 REGISTRY = CollectorRegistry()
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
@@ -97,10 +95,6 @@ HEARTBEAT_FAILURES = Counter(
 )
 
 # From zero, so that the first one shows as a rise.
-for _status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED):
-    JOBS.labels(_status, "")
-for _code in JobErrorCode:
-    JOBS.labels(JobStatus.FAILED, _code)
 for _outcome in ("done", "failed"):
     REAPER_SWEEPS.labels(_outcome)
 for _outcome in ("succeeded", "failed"):
