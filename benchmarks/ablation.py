@@ -23,13 +23,14 @@ from benchmarks.bench import (
     need_shared,
     shares,
 )
-from orthokv.allocate import Plan, allocate, plan_ranks
-from orthokv.budget import Budget
 from orthokv.compare import MethodChoice, measure_plan
-from orthokv.dataset import Blocks
-from orthokv.methods import METHODS
-from orthokv.pipeline import FitSettings
-from orthokv.profile import ErrorProfile
+from orthokv.fit.methods import METHODS
+from orthokv.fit.settings import FitSettings
+from orthokv.plan.allocate import allocate
+from orthokv.plan.plan import Plan, plan_ranks
+from orthokv.plan.profile import ErrorProfile
+from orthokv.spec.budget import Budget
+from orthokv.text.blocks import Blocks
 
 BOOKS, WIKITEXT, _ = CALIBRATION
 # Calibration texts by name; several are mixed.

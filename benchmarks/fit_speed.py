@@ -23,13 +23,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from orthokv import pipeline
-from orthokv.dataset import Blocks
-from orthokv.methods import METHODS
-from orthokv.pipeline import FitSettings
-from orthokv.profile import CANDIDATE_SHARES
-from orthokv.progress import PlainReporter
-from orthokv.refine import CHECKS
-from orthokv.source import resolve_device
+from orthokv.fit.methods import METHODS
+from orthokv.fit.refine import CHECKS
+from orthokv.fit.settings import FitSettings
+from orthokv.models.source import resolve_device
+from orthokv.show.progress import PlainReporter
+from orthokv.spec.rankgrid import CANDIDATE_SHARES
+from orthokv.text.blocks import Blocks
 
 GIB = 1 << 30
 

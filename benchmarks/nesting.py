@@ -17,17 +17,20 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.bench import CALIBRATION, MODEL, TEXTS, Bench, need_shared, shares
-from orthokv.allocate import Plan, allocate
-from orthokv.attention import Seam
-from orthokv.budget import Budget
 from orthokv.compare import MethodChoice
-from orthokv.dataset import Blocks
-from orthokv.evaluate import quality
-from orthokv.pipeline import FitSettings, device_name, planned_bases
-from orthokv.polish import STEPS_SHARE, polish
-from orthokv.profile import ErrorProfile
-from orthokv.refine import Refinement, refine
-from orthokv.wording import markdown
+from orthokv.fit.polish import STEPS_SHARE, polish
+from orthokv.fit.refine import Refinement, refine
+from orthokv.fit.settings import FitSettings
+from orthokv.measure.checkpoint import device_name
+from orthokv.measure.quality import quality
+from orthokv.plan.allocate import allocate
+from orthokv.plan.bases import planned_bases
+from orthokv.plan.plan import Plan
+from orthokv.plan.profile import ErrorProfile
+from orthokv.runtime.seam import Seam
+from orthokv.show.wording import markdown
+from orthokv.spec.budget import Budget
+from orthokv.text.blocks import Blocks
 
 NAMES = {
     "all": "many budgets in turn",

@@ -19,14 +19,17 @@ from typing import Any
 import torch
 
 from benchmarks.bench import Bench
-from orthokv.attention import Seam
-from orthokv.budget import Budget
 from orthokv.compare import MethodChoice
-from orthokv.errors import BudgetUnreachable
-from orthokv.evaluate import quality
-from orthokv.pipeline import FitSettings, device_name, make_plan, planned_bases
-from orthokv.plots.style import INK, MUTED, PALETTE, frame, plain, save
-from orthokv.wording import markdown, percent
+from orthokv.fit.settings import FitSettings
+from orthokv.measure.checkpoint import device_name
+from orthokv.measure.quality import quality
+from orthokv.pipeline import make_plan
+from orthokv.plan.bases import planned_bases
+from orthokv.runtime.seam import Seam
+from orthokv.show.plots.style import INK, MUTED, PALETTE, frame, plain, save
+from orthokv.show.wording import markdown, percent
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import BudgetUnreachable
 
 WITHIN = 1.2
 

@@ -18,14 +18,16 @@ from rich.console import Console
 # Typer carries its own click and exports its errors only in part.
 from typer._click.exceptions import ClickException, NoArgsIsHelpError
 
-from orthokv.budget import Budget
-from orthokv.errors import BudgetUnreachable, OrthoKVError
-from orthokv.progress import BarReporter, PlainReporter, Reporter
+from orthokv.show.progress import BarReporter, PlainReporter
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import BudgetUnreachable, OrthoKVError
+from orthokv.spec.progress import Reporter
+from orthokv.spec.version import VERSION
 
 if TYPE_CHECKING:
-    from orthokv.allocate import Allocation
-    from orthokv.dataset import TextMixture, TextSource
-    from orthokv.rankgrid import RankGrid
+    from orthokv.plan.plan import Allocation
+    from orthokv.spec.rankgrid import RankGrid
+    from orthokv.text.source import TextMixture, TextSource
 
 app = typer.Typer(
     name="orthokv",
@@ -99,9 +101,7 @@ DEFAULT_LENGTH = 1024
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from orthokv import __version__
-
-        out_console.print(f"orthokv {__version__}", highlight=False)
+        out_console.print(f"orthokv {VERSION}", highlight=False)
         raise typer.Exit
 
 
@@ -129,7 +129,7 @@ def _length(given: int | None, longest: int) -> int:
 
 
 def _text(names: list[str], field: str) -> TextSource | TextMixture:
-    from orthokv.dataset import TextMixture, TextSource
+    from orthokv.text.source import TextMixture, TextSource
 
     parts = tuple(TextSource(name, field=field) for name in names)
     return parts[0] if len(parts) == 1 else TextMixture(parts)
@@ -184,13 +184,14 @@ def compress(
 ) -> None:
     """Fit bases, choose ranks for a budget and write a checkpoint."""
     budget = Budget.from_options(kept=kept, layer_error=layer_error, perplexity_increase=perplexity_increase)
-    from orthokv.capture import spilled_to
-    from orthokv.checkpoint import FORMS
-    from orthokv.errors import InvalidSetting
-    from orthokv.memory import GIB, peak_bytes, peak_device_bytes
-    from orthokv.pipeline import FitSettings, read_geometry
+    from orthokv.checkpoint.write import FORMS
+    from orthokv.fit.settings import FitSettings
+    from orthokv.models.loading import read_geometry
+    from orthokv.models.memory import GIB, peak_bytes, peak_device_bytes
+    from orthokv.models.source import resolve_model
+    from orthokv.models.states import spilled_to
     from orthokv.pipeline import compress as run
-    from orthokv.source import resolve_model
+    from orthokv.spec.errors import InvalidSetting
 
     if form not in FORMS:
         raise InvalidSetting(f"form must be one of {', '.join(FORMS)}, not {form!r}")
@@ -238,7 +239,7 @@ def compress(
             }
         )
         return
-    from orthokv.tables import plan_table
+    from orthokv.show.tables import plan_table
 
     out_console.print(plan_table(made.plan, made.profile))
     for warning in made.profile.warnings:
@@ -270,12 +271,14 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a checkpoint: perplexity, KL, layer errors, live cache bytes and decoding speed."""
-    from orthokv.capture import spilled_to
-    from orthokv.checkpoint import read_checkpoint
-    from orthokv.dataset import TextSource, load_blocks
-    from orthokv.geometry import check_positions
-    from orthokv.pipeline import evaluate_checkpoint, load
-    from orthokv.source import load_tokenizer
+    from orthokv.checkpoint.read import read_checkpoint
+    from orthokv.measure.checkpoint import evaluate_checkpoint
+    from orthokv.models.loading import load
+    from orthokv.models.source import load_tokenizer
+    from orthokv.models.states import spilled_to
+    from orthokv.spec.geometry import check_positions
+    from orthokv.text.packing import load_blocks
+    from orthokv.text.source import TextSource
 
     _check_spill(spill)
     found = read_checkpoint(checkpoint)
@@ -328,14 +331,17 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal measured bytes on text that none of them saw."""
-    from orthokv.allocate import ALLOCATIONS
     from orthokv.compare import MethodChoice, compare_methods
-    from orthokv.dataset import TextSource, load_blocks
-    from orthokv.errors import InvalidSetting
-    from orthokv.grouping import sharings_of
-    from orthokv.pipeline import FitSettings, load, prepare_blocks, read_geometry
-    from orthokv.source import load_tokenizer, resolve_model
-    from orthokv.tables import comparison_table
+    from orthokv.fit.settings import FitSettings
+    from orthokv.models.loading import load, read_geometry
+    from orthokv.models.source import load_tokenizer, resolve_model
+    from orthokv.pipeline import prepare_blocks
+    from orthokv.plan.plan import ALLOCATIONS
+    from orthokv.show.tables import comparison_table
+    from orthokv.spec.errors import InvalidSetting
+    from orthokv.spec.sharing import sharings_of
+    from orthokv.text.packing import load_blocks
+    from orthokv.text.source import TextSource
 
     _check_plot(plot)
     _needs_text(evaluation)
@@ -379,7 +385,7 @@ def compare(
             report=report,
         )
     if plot is not None:
-        from orthokv.plots import plot_comparison
+        from orthokv.show.plots import plot_comparison
 
         plot_comparison(rows, plot)
     if as_json:
@@ -406,10 +412,10 @@ def plan(
     revision: Revision = None,
 ) -> None:
     """Make another checkpoint from a stored profile, of its own bases: seconds, no fitting, no polish, no model."""
-    from orthokv.allocate import allocate
-    from orthokv.checkpoint import write_checkpoint
-    from orthokv.profile import ErrorProfile
-    from orthokv.tables import plan_table
+    from orthokv.checkpoint.write import write_checkpoint
+    from orthokv.plan.allocate import allocate
+    from orthokv.plan.profile import ErrorProfile
+    from orthokv.show.tables import plan_table
 
     budget = Budget.from_options(kept=kept, layer_error=layer_error)
     _refuse_taken(out)
@@ -439,10 +445,10 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a prompt with the compressed cache, and show what the cache held."""
-    from orthokv.checkpoint import read_checkpoint
-    from orthokv.generation import generate as run
-    from orthokv.pipeline import load
-    from orthokv.source import load_tokenizer
+    from orthokv.checkpoint.read import read_checkpoint
+    from orthokv.models.loading import load
+    from orthokv.models.source import load_tokenizer
+    from orthokv.serving.generation import generate as run
 
     found = read_checkpoint(checkpoint)
     source = _base_of(found.config["base_model"], model, revision)
@@ -465,11 +471,11 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Verify every file of a checkpoint or profile and show what is in it."""
-    from orthokv.checkpoint import read_checkpoint
-    from orthokv.digests import verify_files
-    from orthokv.naming import CONFIG
-    from orthokv.profile import ErrorProfile
-    from orthokv.tables import profile_table
+    from orthokv.checkpoint.read import read_checkpoint
+    from orthokv.files.digests import verify_files
+    from orthokv.plan.profile import ErrorProfile
+    from orthokv.show.tables import profile_table
+    from orthokv.spec.names import CONFIG
 
     _check_plot(plot)
     described: dict[str, Any] = {}
@@ -478,7 +484,7 @@ def inspect(
         described = read_checkpoint(folder).config
     found = ErrorProfile.load(folder)
     if plot is not None:
-        from orthokv.plots import plot_profile
+        from orthokv.show.plots import plot_profile
 
         plot_profile(found, plot)
     if as_json:
@@ -513,7 +519,7 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Publish a checkpoint with its card on the hub, in one commit. The token is HF_TOKEN's, or that of `hf auth login`."""
-    from orthokv.hub import prepare, upload
+    from orthokv.checkpoint.hub import prepare, upload
 
     prepared = prepare(checkpoint, repo_id)
     commit = None if dry_run else upload(prepared, private=private, revision=revision)
@@ -545,7 +551,7 @@ def push(
 
 def _base_of(recorded: dict[str, Any], model: str | None, revision: str | None) -> Any:
     """The base model that the user names, else the recorded one, at its recorded commit."""
-    from orthokv.source import resolve_model
+    from orthokv.models.source import resolve_model
 
     if model is None:
         return resolve_model(recorded["id"], revision=revision or recorded["revision"])
@@ -554,7 +560,7 @@ def _base_of(recorded: dict[str, Any], model: str | None, revision: str | None) 
 
 def _refuse_taken(out: Path) -> None:
     """Before hours of fitting, not after them."""
-    from orthokv.errors import InvalidSetting
+    from orthokv.spec.errors import InvalidSetting
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidSetting(f"{out} exists and is not an empty folder")
@@ -562,7 +568,7 @@ def _refuse_taken(out: Path) -> None:
 
 def _needs_text(dataset: str) -> None:
     """Text that the model writes flatters it: predictions are measured on text that it did not."""
-    from orthokv.errors import InvalidSetting
+    from orthokv.spec.errors import InvalidSetting
 
     if dataset == "self":
         raise InvalidSetting(
@@ -571,7 +577,7 @@ def _needs_text(dataset: str) -> None:
 
 
 def _check_spill(spill: Path | None) -> None:
-    from orthokv.errors import InvalidSetting
+    from orthokv.spec.errors import InvalidSetting
 
     if spill is not None and not spill.is_dir():
         raise InvalidSetting(f"--spill {spill} is not a folder")
@@ -579,15 +585,15 @@ def _check_spill(spill: Path | None) -> None:
 
 def _check_plot(plot: Path | None) -> None:
     """Before the work, not after it."""
-    from orthokv.errors import InvalidSetting
+    from orthokv.spec.errors import InvalidSetting
 
     if plot is not None and (plot.is_dir() or not plot.parent.is_dir()):
         raise InvalidSetting(f"--plot {plot} is not a file in an existing folder")
 
 
 def _grid(multiple: int, choices: str | None) -> RankGrid:
-    from orthokv.errors import InvalidSetting
-    from orthokv.rankgrid import RankGrid
+    from orthokv.spec.errors import InvalidSetting
+    from orthokv.spec.rankgrid import RankGrid
 
     try:
         return RankGrid(multiple, tuple(int(part) for part in choices.split(",")) if choices else ())
@@ -596,7 +602,7 @@ def _grid(multiple: int, choices: str | None) -> RankGrid:
 
 
 def _shares(text: str) -> list[float]:
-    from orthokv.errors import InvalidSetting
+    from orthokv.spec.errors import InvalidSetting
 
     try:
         return [Budget("kept", float(part)).value for part in text.split(",")]
@@ -609,7 +615,7 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 def _print_quality(measured: dict[str, Any]) -> None:
-    from orthokv.wording import begin_at
+    from orthokv.show.wording import begin_at
 
     ratio = measured["perplexity"] / measured["perplexity_dense"]
     out_console.print(
@@ -651,7 +657,7 @@ def _add_commands() -> None:
 
 def _unavailable(name: str, extra: str, missing: str | None) -> Any:
     def command() -> None:
-        from orthokv.errors import InvalidSetting
+        from orthokv.spec.errors import InvalidSetting
 
         raise InvalidSetting(
             f"'orthokv {name}' needs pip install 'orthokv[{extra}]' ({missing} is not installed)"

@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from orthokv.architectures import ARCHITECTURES, Architecture
-from orthokv.geometry import STATIC_ROPE, AttentionGeometry, rope_types
+from orthokv.models.architectures import ARCHITECTURES, Architecture
+from orthokv.models.geometry import geometry_of
+from orthokv.spec.geometry import STATIC_ROPE, rope_types
 from tests.tiny import EAGER_ONLY, VARIANTS, tiny_config
 
 DOCUMENT = Path("docs/architectures.md")
@@ -36,7 +37,7 @@ def _types(name: str) -> str:
     found: set[str] = set()
     for variant in VARIANTS:
         if variant.split("+")[0] == name:
-            found |= rope_types(AttentionGeometry.from_config(tiny_config(variant)))
+            found |= rope_types(geometry_of(tiny_config(variant)))
     order = sorted(found, key=lambda kind: (kind not in STATIC_ROPE, kind))
     return ", ".join(kind if kind in STATIC_ROPE else f"{kind} (`post` only)" for kind in order) or "none"
 

@@ -16,22 +16,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orthokv.allocate import (
-    Allocation,
-    Plan,
-    allocate,
-    allocate_for_perplexity,
-    depth_weights,
-    position_bytes,
-    threshold_ranks,
-)
-from orthokv.basis import KEY_MODES, SHARINGS, Basis, KeyMode, Sharing, group_width, orthonormal
-from orthokv.budget import METRICS, Budget
-from orthokv.errors import BudgetUnreachable, InvalidCheckpoint, InvalidSetting
-from orthokv.geometry import AttentionGeometry
-from orthokv.profile import ErrorProfile, LayerProfile, candidate_ranks
-from orthokv.rankgrid import RankGrid, interpolate
+from orthokv.bases.basis import Basis, orthonormal
+from orthokv.models.geometry import geometry_of
+from orthokv.plan.allocate import allocate
+from orthokv.plan.plan import Allocation, Plan, position_bytes
+from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.plan.published import depth_weights, threshold_ranks
+from orthokv.plan.search import allocate_for_perplexity
+from orthokv.plan.surface import interpolate
 from orthokv.runtime.measure import live_bytes_per_token
+from orthokv.spec.budget import METRICS, Budget
+from orthokv.spec.errors import BudgetUnreachable, InvalidCheckpoint, InvalidSetting
+from orthokv.spec.geometry import Geometry
+from orthokv.spec.rankgrid import RankGrid, candidate_ranks
+from orthokv.spec.sharing import group_width
+from orthokv.spec.vocabulary import KEY_MODES, SHARINGS, KeyMode, Sharing
 from tests.tiny import GROUPINGS, tiny_config
 
 claim = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -41,7 +40,7 @@ Spectra = tuple[Tensor, Tensor]
 
 def layer_profile(
     index: int,
-    geometry: AttentionGeometry,
+    geometry: Geometry,
     sharing: Sharing,
     *,
     scale: float = 1.0,
@@ -75,7 +74,7 @@ def profile_of(
     sensitivities: Sequence[float | None] = (1.0, 1.0, 1.0),
     spectra: Spectra | None = None,
 ) -> ErrorProfile:
-    geometry = AttentionGeometry.from_config(tiny_config(architecture))
+    geometry = geometry_of(tiny_config(architecture))
     layers = tuple(
         layer_profile(i, geometry, sharing, scale=scale, sensitivity=sensitivity, spectra=spectra)
         for i, (scale, sensitivity) in enumerate(zip(scales, sensitivities, strict=True))
@@ -148,8 +147,8 @@ def test_the_bytes_of_a_plan_are_those_of_a_live_cache(
 
 
 def test_positions_are_paid_for_once_and_only_where_keys_are_rotated_later() -> None:
-    rotated = AttentionGeometry.from_config(tiny_config("llama"))
-    learned = AttentionGeometry.from_config(tiny_config("opt"))
+    rotated = geometry_of(tiny_config("llama"))
+    learned = geometry_of(tiny_config("opt"))
     assert position_bytes(rotated, "pre") == 4
     assert position_bytes(rotated, "post") == 0
     assert position_bytes(learned, "pre") == 0
@@ -183,7 +182,7 @@ def wide_profile(
     sharing: Sharing = "joint", sensitivities: Sequence[float | None] = (1.0, 1.0, 1.0), decay: float = 4.0
 ) -> ErrorProfile:
     """Heads of 64 numbers, 4 of them: ranks by the 8 or 16 are a choice among many."""
-    geometry = replace(AttentionGeometry.from_config(tiny_config("llama")), head_dim=64, hidden_size=512)
+    geometry = replace(geometry_of(tiny_config("llama")), head_dim=64, hidden_size=512)
     layers = tuple(
         layer_profile(i, geometry, sharing, sensitivity=sensitivity, decay=decay)
         for i, sensitivity in enumerate(sensitivities)
@@ -465,7 +464,7 @@ def test_threshold_rule_agrees_with_the_released_loop(
 
 def test_threshold_plan_holds_the_error_that_it_was_asked_for() -> None:
     """Ranks fall between measured ones: the error there must not be read off at a higher rank."""
-    geometry = AttentionGeometry.from_config(tiny_config("llama"))
+    geometry = geometry_of(tiny_config("llama"))
     geometry = replace(geometry, head_dim=64, hidden_size=512)
     spectrum = torch.linspace(3, 1, 64, dtype=torch.float64).unsqueeze(0)
     layers = tuple(layer_profile(i, geometry, "tied", spectra=(spectrum, spectrum)) for i in range(3))

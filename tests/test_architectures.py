@@ -8,13 +8,15 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 
-from orthokv.allocate import position_bytes
-from orthokv.architectures import ARCHITECTURES, architecture_of
-from orthokv.attention import Seam
-from orthokv.errors import UnsupportedModel
-from orthokv.fingerprint import matches, weight_fingerprints
-from orthokv.geometry import AttentionGeometry, attention_modules, check_key_mode, held_tokens
+from orthokv.models.architectures import ARCHITECTURES, architecture_of
+from orthokv.models.fingerprint import matches, weight_fingerprints
+from orthokv.models.geometry import attention_modules, geometry_of
+from orthokv.plan.plan import position_bytes
 from orthokv.runtime.cache import cache_bytes
+from orthokv.runtime.seam import Seam
+from orthokv.spec.errors import UnsupportedModel
+from orthokv.spec.footprint import held_tokens
+from orthokv.spec.geometry import Geometry, check_key_mode
 from tests.tiny import LAYERS, SLIDING_WINDOW, VARIANTS, tiny_config, tiny_model, tiny_tokens
 
 
@@ -40,24 +42,24 @@ from tests.tiny import LAYERS, SLIDING_WINDOW, VARIANTS, tiny_config, tiny_model
 )
 def test_what_is_not_supported_is_refused_by_name_with_the_reason(model_type: str, reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=f"'{model_type}' is not supported: .*{reason}"):
-        AttentionGeometry.from_config(CONFIG_MAPPING[model_type]())
+        geometry_of(CONFIG_MAPPING[model_type]())
 
 
 def test_a_model_that_sees_later_tokens_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="sees later tokens"):
-        AttentionGeometry.from_config(tiny_config("gemma3_text", use_bidirectional_attention=True))
+        geometry_of(tiny_config("gemma3_text", use_bidirectional_attention=True))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_geometry_survives_json(name: str) -> None:
-    geometry = AttentionGeometry.from_config(tiny_config(name))
-    assert AttentionGeometry.from_dict(geometry.to_dict()) == geometry
+    geometry = geometry_of(tiny_config(name))
+    assert Geometry.from_dict(geometry.to_dict()) == geometry
 
 
 def test_a_geometry_written_before_windows_were_recorded_is_still_read() -> None:
-    geometry = AttentionGeometry.from_config(tiny_config("llama"))
+    geometry = geometry_of(tiny_config("llama"))
     old = {k: v for k, v in geometry.to_dict().items() if k not in ("windows", "rotated")}
-    assert AttentionGeometry.from_dict(old) == geometry
+    assert Geometry.from_dict(old) == geometry
 
 
 @pytest.mark.parametrize(
@@ -65,9 +67,9 @@ def test_a_geometry_written_before_windows_were_recorded_is_still_read() -> None
     [{"windows": [12]}, {"windows": [12, None, -1]}, {"windows": [12, None, "3"]}, {"rotated": [True]}],
 )
 def test_a_geometry_with_wrong_layers_is_refused(wrong: dict[str, Any]) -> None:
-    data = AttentionGeometry.from_config(tiny_config("gemma2")).to_dict()
+    data = geometry_of(tiny_config("gemma2")).to_dict()
     with pytest.raises(TypeError, match=f"geometry.{next(iter(wrong))}"):
-        AttentionGeometry.from_dict({**data, **wrong})
+        Geometry.from_dict({**data, **wrong})
 
 
 @pytest.mark.parametrize("tokens", [1, SLIDING_WINDOW - 1, SLIDING_WINDOW, 3 * SLIDING_WINDOW])
@@ -75,7 +77,7 @@ def test_a_geometry_with_wrong_layers_is_refused(wrong: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_windows_are_those_of_the_stock_cache(name: str, tokens: int) -> None:
     model = tiny_model(name)
-    geometry = AttentionGeometry.from_config(model.config)
+    geometry = geometry_of(model.config)
     cache = DynamicCache(config=model.config)
     model(tiny_tokens(1, tokens), past_key_values=cache, use_cache=True)
     held = [held_tokens(geometry.window(layer), tokens) for layer in range(LAYERS)]
@@ -96,14 +98,14 @@ def test_windows_are_those_of_the_stock_cache(name: str, tokens: int) -> None:
     ],
 )
 def test_positions_are_kept_once_for_each_window_of_layers_that_rotate(name: str, books: int) -> None:
-    geometry = AttentionGeometry.from_config(tiny_config(name))
+    geometry = geometry_of(tiny_config(name))
     assert position_bytes(geometry, "pre") == 4 * books
     assert position_bytes(geometry, "post") == 0
 
 
 @pytest.mark.parametrize("name", ["llama+dynamic", "phi3+longrope"])
 def test_tables_that_change_with_the_length_serve_keys_after_rope_only(name: str) -> None:
-    geometry = AttentionGeometry.from_config(tiny_config(name))
+    geometry = geometry_of(tiny_config(name))
     with pytest.raises(UnsupportedModel, match=repr(name.split("+")[1])):
         check_key_mode(geometry, "pre")
     check_key_mode(geometry, "post")
@@ -113,7 +115,7 @@ def test_one_changing_table_of_two_is_enough_to_refuse() -> None:
     config = tiny_config("gemma3_text")
     config.rope_parameters["full_attention"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
     with pytest.raises(UnsupportedModel, match="'dynamic'"):
-        check_key_mode(AttentionGeometry.from_config(config), "pre")
+        check_key_mode(geometry_of(config), "pre")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

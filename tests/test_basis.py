@@ -10,21 +10,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orthokv.basis import (
-    GROUP_HEADS,
-    RETRACTIONS,
-    SHARINGS,
-    Basis,
-    Sharing,
-    cholesky_qr,
-    group_width,
-    orthonormal,
-    orthonormality_error,
-    polar,
-    qr,
-    tangent,
-)
-from orthokv.errors import InvalidSetting
+from orthokv.bases.basis import Basis, orthonormal
+from orthokv.bases.manifold import RETRACTIONS, cholesky_qr, orthonormality_error, polar, qr, tangent
+from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.sharing import group_width
+from orthokv.spec.vocabulary import GROUP_HEADS, SHARINGS, Sharing
 
 claim = settings(deadline=None, max_examples=30, suppress_health_check=list(HealthCheck))
 seeds = st.integers(0, 2**32 - 1)

@@ -30,23 +30,24 @@ from transformers import (
 )
 
 import orthokv
-from orthokv.allocate import Plan, allocate
-from orthokv.attention import seam_of
-from orthokv.basis import KEY_MODES
-from orthokv.budget import Budget
-from orthokv.checkpoint import (
+from orthokv.checkpoint.read import Checkpoint, read_checkpoint
+from orthokv.checkpoint.write import (
     CARD,
     CONFIG,
     FORMS,
     SUMS,
     TENSORS,
-    Checkpoint,
-    read_checkpoint,
     record_measurements,
     verify_files,
     write_checkpoint,
 )
-from orthokv.errors import (
+from orthokv.models.source import ModelSource, resolve_model
+from orthokv.plan.allocate import allocate
+from orthokv.plan.plan import Plan
+from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
+from orthokv.runtime.seam import seam_of
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import (
     CheckpointMismatch,
     InvalidCheckpoint,
     InvalidSetting,
@@ -54,8 +55,7 @@ from orthokv.errors import (
     StorageError,
     UnsupportedModel,
 )
-from orthokv.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
-from orthokv.source import ModelSource, resolve_model
+from orthokv.spec.vocabulary import KEY_MODES
 from tests.tiny import (
     ARCHITECTURES,
     EAGER_ONLY,

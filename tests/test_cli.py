@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orthokv import __version__
-from orthokv.checkpoint import read_checkpoint
+from orthokv.checkpoint.read import read_checkpoint
 from orthokv.cli import main
-from orthokv.digests import verify_files
-from orthokv.naming import CONFIG, TENSORS
-from orthokv.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
+from orthokv.files.digests import verify_files
+from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
+from orthokv.spec.names import CONFIG, TENSORS
 from tests.tiny import tiny_folder, tiny_text
 
 DEMO = Path(__file__).parent.parent / "demo" / "demo-llama-3m"

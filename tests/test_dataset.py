@@ -19,9 +19,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from orthokv import dataset
-from orthokv.dataset import Blocks, TextMixture, TextSource, evenly, load_blocks, pack, read_texts, self_text
-from orthokv.errors import InvalidDataset, InvalidModel, InvalidSetting, StorageError
+from orthokv.spec.errors import InvalidDataset, InvalidModel, InvalidSetting, StorageError
+from orthokv.text import packing, readers
+from orthokv.text.blocks import Blocks, evenly
+from orthokv.text.packing import load_blocks, pack
+from orthokv.text.readers import read_texts
+from orthokv.text.source import TextMixture, TextSource
+from orthokv.text.written import draw, self_text
 from tests.hub import Hub, Repo, serve_hub
 
 DEMO = Path(__file__).parent.parent / "demo" / "demo-llama-3m"
@@ -72,7 +76,7 @@ def test_empty_texts_and_blank_lines_are_left_out(tmp_path: Path) -> None:
 def test_plain_text_comes_whole_in_bounded_chunks(
     tmp_path: Path, piece: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "CHUNK_CHARACTERS", 101)  # odd, so that characters are split between reads
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 101)  # odd, so that characters are split between reads
     text = piece * 200
     path = tmp_path / "book.md"
     path.write_text(text, encoding="utf-8")
@@ -87,7 +91,7 @@ def test_plain_text_comes_whole_in_bounded_chunks(
 
 
 def test_chunks_give_the_tokens_of_the_whole_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "CHUNK_CHARACTERS", 64)
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 64)
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     text = "".join(f"It was night {n},\n\n \n   and   nobody\tcame\n to the\ncastle. " for n in range(60))
     path = tmp_path / "book.txt"
@@ -148,7 +152,7 @@ def test_bad_row_is_named(tmp_path: Path, case: str) -> None:
 
 
 def test_endless_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "MAX_ROW_BYTES", 20)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 20)
     path = write(tmp_path / "rows.jsonl", ["x" * 30])
     with pytest.raises(InvalidDataset, match=r"row 1 of .* is longer than 20 bytes"):
         list(read_texts(TextSource(str(path))))
@@ -175,7 +179,7 @@ def test_bad_plain_text_is_refused(tmp_path: Path, content: bytes, message: str)
 def test_parquet_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "MAX_CHUNK_BYTES", 1_000_000)
+    monkeypatch.setattr(readers, "MAX_CHUNK_BYTES", 1_000_000)
     path = tmp_path / "bomb.parquet"
     column = pyarrow.table({"text": ["a" * 400_000, "b" * 400_000, "c" * 400_000], "other": ["x"] * 3})
     pyarrow.parquet.write_table(column, path, compression="zstd", use_dictionary=False)
@@ -377,7 +381,7 @@ def test_reading_stops_when_there_is_enough() -> None:
 def test_one_long_text_is_tokenised_in_pieces_and_no_further_than_needed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dataset, "CHUNK_CHARACTERS", 10)
+    monkeypatch.setattr(readers, "CHUNK_CHARACTERS", 10)
     letters = Letters(bos=1)
     blocks = pack(["abcdefg hij klm " * 1000], letters, num_samples=2, sequence_length=16)  # type: ignore[arg-type]
     assert "".join(map(chr, blocks.tokens.flatten())) == "abcdefg hij klm " * 2
@@ -389,7 +393,7 @@ def test_blocks_are_spread_over_more_text_than_is_needed_but_not_over_all_of_it(
     path = write(tmp_path / "rows.jsonl", [chr(97 + i % 26) * 4 for i in range(1000)])
     letters = Letters()
     blocks = load_blocks(TextSource(str(path)), letters, num_samples=3, sequence_length=4)  # type: ignore[arg-type]
-    read = dataset.SPREAD * 3
+    read = packing.SPREAD * 3
     assert len(letters.pieces) == read
     picked = [chr(97 + i % 26) * 4 for i in evenly(read, 3)]
     assert ["".join(map(chr, row)) for row in blocks.tokens] == picked
@@ -582,11 +586,11 @@ def test_top_1_is_greedy_generation_and_a_cached_step_is_a_full_one(model: Llama
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 5.0]]).double().repeat(20_000, 1)
     uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0)).double()
-    counts = dataset._draw(logits, uniform, [3], None).bincount(minlength=4) / 20_000
+    counts = draw(logits, uniform, [3], None).bincount(minlength=4) / 20_000
     expected = torch.tensor([0.0, 1.0, 2.0]).softmax(-1)
     assert counts[3] == 0
     # At the very bottom of the distribution lies a token that is never drawn.
-    assert dataset._draw(torch.zeros(1, 4).double(), torch.zeros(1, 1).double(), [0], None) == 1
+    assert draw(torch.zeros(1, 4).double(), torch.zeros(1, 1).double(), [0], None) == 1
     assert torch.allclose(counts[:3], expected, atol=0.01)
 
 

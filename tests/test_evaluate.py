@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 
-from orthokv.attention import Seam
-from orthokv.capture import LayerWalk, view_layer
-from orthokv.evaluate import Quality, block_logits, compressed, quality
-from orthokv.methods.base import FittedBases
-from orthokv.methods.eigen import Eigen
+from orthokv.fit.divergence import block_logits
+from orthokv.fit.methods.base import FittedBases
+from orthokv.fit.methods.eigen import Eigen
+from orthokv.fit.task import view_layer
+from orthokv.fit.walk import LayerWalk
+from orthokv.measure.quality import Quality, quality
+from orthokv.runtime.seam import Seam, compressed
 from tests.tiny import tiny_blocks, tiny_model
 
 

@@ -13,37 +13,36 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orthokv.allocate import ALLOCATIONS, Allocation, allocate, check_reachable, smallest_kept
-from orthokv.basis import Sharing, SharingChoice, group_width, orthonormal
-from orthokv.budget import Budget
-from orthokv.checkpoint import read_checkpoint
+from orthokv.bases.basis import orthonormal
+from orthokv.checkpoint.read import read_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
-from orthokv.dataset import TextSource
-from orthokv.errors import BudgetUnreachable, InvalidSetting
-from orthokv.geometry import AttentionGeometry
-from orthokv.grouping import (
-    COMPARED_KEPT,
-    GROUPED,
-    SHARING_TOLERANCE,
-    error_at_bytes,
-    narrowest_good,
-    sharings_of,
-)
-from orthokv.pipeline import FitSettings, build_profile, compress, fit_layers
-from orthokv.plots import plot_plan, plot_profile
-from orthokv.profile import PROFILE_JSON, Candidate, ErrorProfile, LayerProfile, candidate_ranks
-from orthokv.rankgrid import RankGrid
+from orthokv.fit.grouping import COMPARED_KEPT, SHARING_TOLERANCE, error_at_bytes, narrowest_good
+from orthokv.fit.settings import FitSettings
+from orthokv.models.source import load_model, resolve_model
+from orthokv.pipeline import build_profile, compress, fit_layers
+from orthokv.plan.allocate import allocate
+from orthokv.plan.plan import ALLOCATIONS, Allocation
+from orthokv.plan.profile import PROFILE_JSON, Candidate, ErrorProfile, LayerProfile
+from orthokv.plan.reachable import check_reachable
+from orthokv.plan.search import smallest_kept
 from orthokv.runtime.measure import live_bytes_per_token
-from orthokv.source import load_model, resolve_model
-from orthokv.tables import profile_table
+from orthokv.show.plots import plot_plan, plot_profile
+from orthokv.show.tables import profile_table
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import BudgetUnreachable, InvalidSetting
+from orthokv.spec.geometry import Geometry
+from orthokv.spec.rankgrid import RankGrid, candidate_ranks
+from orthokv.spec.sharing import GROUPED, group_width, sharings_of
+from orthokv.spec.vocabulary import Sharing, SharingChoice
+from orthokv.text.source import TextSource
 from tests.tiny import tiny_blocks, tiny_config, tiny_folder, tiny_model, tiny_text
 
 claim = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 HEADS, HEAD_DIM = 8, 16
 
 
-def geometry_of(kv_heads: int) -> AttentionGeometry:
-    return replace(AttentionGeometry.from_config(tiny_config("llama")), kv_heads=kv_heads, head_dim=HEAD_DIM)
+def geometry_of(kv_heads: int) -> Geometry:
+    return replace(geometry_of(tiny_config("llama")), kv_heads=kv_heads, head_dim=HEAD_DIM)
 
 
 def layer_of(sharing: Sharing, scale: float, index: int = 0, **changes: Any) -> LayerProfile:
@@ -285,7 +284,7 @@ def test_auto_gives_each_layer_as_a_fit_of_its_form_alone_would(architecture: st
             )
             for candidate in layer.candidates
         }
-        assert tuple(alone) == sharings_of("auto", AttentionGeometry.from_config(model.config))
+        assert tuple(alone) == sharings_of("auto", geometry_of(model.config))
         assert torch.equal(layer.key.encoder, alone[layer.sharing].key.encoder)
         assert torch.equal(layer.error, alone[layer.sharing].error)
         for candidate in layer.candidates:

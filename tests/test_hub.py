@@ -18,15 +18,15 @@ import yaml
 from huggingface_hub import constants
 
 import orthokv
-from orthokv.allocate import allocate
-from orthokv.budget import Budget
-from orthokv.checkpoint import CARD, CONFIG, Form, record_measurements, write_checkpoint
+from orthokv.checkpoint.hub import prepare, push
+from orthokv.checkpoint.write import CARD, CONFIG, Form, record_measurements, write_checkpoint
 from orthokv.cli import main
-from orthokv.digests import SUMS, sums_of, verify_files
-from orthokv.errors import InvalidCheckpoint, InvalidSetting, PushFailed
-from orthokv.hub import prepare, push
-from orthokv.profile import PROFILE_JSON
-from orthokv.source import resolve_model
+from orthokv.files.digests import SUMS, sums_of, verify_files
+from orthokv.models.source import resolve_model
+from orthokv.plan.allocate import allocate
+from orthokv.plan.profile import PROFILE_JSON
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import InvalidCheckpoint, InvalidSetting, PushFailed
 from tests.hub import Hub, Repo, serve_hub
 from tests.tiny import tiny_folder, tiny_model, tiny_profile, tiny_tokens
 

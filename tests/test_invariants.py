@@ -18,16 +18,20 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import orthokv
-from orthokv.allocate import LATENT_BYTES, Plan, position_bytes
-from orthokv.basis import KEY_MODES, KeyMode, SharingChoice
-from orthokv.budget import Budget
-from orthokv.checkpoint import Checkpoint, write_checkpoint
-from orthokv.dataset import Blocks, TextSource
-from orthokv.geometry import STATIC_ROPE, AttentionGeometry, rope_types
-from orthokv.grouping import sharings_of
-from orthokv.pipeline import FitSettings, build_profile, compress, fit_layers, prepare_blocks
-from orthokv.profile import ErrorProfile, LayerProfile
-from orthokv.source import ModelSource, load_model, resolve_model
+from orthokv.checkpoint.read import Checkpoint
+from orthokv.checkpoint.write import write_checkpoint
+from orthokv.fit.settings import FitSettings
+from orthokv.models.geometry import geometry_of
+from orthokv.models.source import ModelSource, load_model, resolve_model
+from orthokv.pipeline import build_profile, compress, fit_layers, prepare_blocks
+from orthokv.plan.plan import LATENT_BYTES, Plan, position_bytes
+from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.spec.budget import Budget
+from orthokv.spec.geometry import STATIC_ROPE, rope_types
+from orthokv.spec.sharing import sharings_of
+from orthokv.spec.vocabulary import KEY_MODES, KeyMode, SharingChoice
+from orthokv.text.blocks import Blocks
+from orthokv.text.source import TextSource
 from tests.tiny import (
     ARCHITECTURES,
     FAMILIES,
@@ -41,7 +45,7 @@ from tests.tiny import (
 
 def key_modes(name: str) -> list[KeyMode]:
     """Those that are not refused for the rotary embedding of a tiny model."""
-    types = rope_types(AttentionGeometry.from_config(tiny_config(name)))
+    types = rope_types(geometry_of(tiny_config(name)))
     return [mode for mode in KEY_MODES if mode == "post" or types <= set(STATIC_ROPE)]
 
 
@@ -100,7 +104,7 @@ def fit(model: PreTrainedModel, blocks: Blocks, settings: FitSettings) -> list[L
     """For ``auto`` the layers take its forms in turn, so that one cache holds groups of several widths."""
     if settings.sharing != "auto":
         return list(fit_layers(model, blocks, settings))
-    forms = sharings_of("auto", AttentionGeometry.from_config(model.config))
+    forms = sharings_of("auto", geometry_of(model.config))
     return [
         layer
         for index in range(LAYERS)

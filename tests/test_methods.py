@@ -14,28 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orthokv.attention import Bases, Seam
-from orthokv.basis import (
-    GROUP_HEADS,
-    KEY_MODES,
-    RETRACTIONS,
-    KeyMode,
-    Sharing,
-    group_width,
-    orthonormal,
-    orthonormality_error,
-)
-from orthokv.capture import LayerView, LayerWalk, view_layer
-from orthokv.errors import InvalidModel, InvalidSetting
-from orthokv.methods import METHODS, Eigen, FittedBases, Method, Oblique, Stiefel, Weighted, make_method
-from orthokv.methods.base import (
-    descending_eigh,
-    diagonal_groups,
-    grouped_moment,
-    query_moment,
-)
-from orthokv.methods.learning import LARGEST_SHARE, SMALLEST_SHARE, rank_pairs
-from orthokv.methods.predictor import (
+from orthokv.bases.basis import Bases, orthonormal
+from orthokv.bases.manifold import RETRACTIONS, orthonormality_error
+from orthokv.fit.methods import METHODS, Eigen, FittedBases, Method, Oblique, Stiefel, Weighted, make_method
+from orthokv.fit.methods.base import descending_eigh, diagonal_groups, grouped_moment, query_moment
+from orthokv.fit.methods.learning import LARGEST_SHARE, SMALLEST_SHARE, rank_pairs
+from orthokv.fit.methods.predictor import (
     BLOCKS_KEY,
     BLOCKS_VALUE,
     LEARNING_RATE,
@@ -44,9 +28,16 @@ from orthokv.methods.predictor import (
     _fit_side,
     fit_predictor,
 )
-from orthokv.methods.stiefel import Start
-from orthokv.methods.weighted import value_weighting, whiten
-from orthokv.pipeline import FitSettings, fit_layers
+from orthokv.fit.methods.stiefel import Start
+from orthokv.fit.methods.weighted import value_weighting, whiten
+from orthokv.fit.settings import FitSettings
+from orthokv.fit.task import LayerView, view_layer
+from orthokv.fit.walk import LayerWalk
+from orthokv.pipeline import fit_layers
+from orthokv.runtime.seam import Seam
+from orthokv.spec.errors import InvalidModel, InvalidSetting
+from orthokv.spec.sharing import group_width
+from orthokv.spec.vocabulary import GROUP_HEADS, KEY_MODES, KeyMode, Sharing
 from tests.tiny import ARCHITECTURES, FAMILIES, GROUPINGS, tiny_blocks, tiny_model
 
 claim = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))

@@ -16,34 +16,40 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 import orthokv
-from orthokv.allocate import allocate
-from orthokv.attention import Bases, Seam, seam_of
-from orthokv.basis import KEY_MODES
-from orthokv.budget import Budget
-from orthokv.capture import LayerTask, LayerWalk, view_layer
-from orthokv.checkpoint import read_checkpoint, write_checkpoint
+from orthokv.bases.basis import Bases
+from orthokv.checkpoint.read import read_checkpoint
+from orthokv.checkpoint.write import write_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
-from orthokv.dataset import TextMixture, TextSource, self_text
-from orthokv.digests import verify_files
-from orthokv.errors import BudgetUnreachable, InvalidModel, InvalidSetting, OrthoKVError, UnsupportedModel
-from orthokv.evaluate import block_logits, cache_size, compressed, quality
-from orthokv.generation import generate
-from orthokv.geometry import AttentionGeometry, check_key_mode
-from orthokv.methods import Eigen, Palu, Stiefel
-from orthokv.pipeline import (
-    FitSettings,
-    build_profile,
-    compress,
-    evaluate_checkpoint,
-    fit_layers,
-    make_plan,
-    planned_bases,
-    prepare_blocks,
-    sensitivities,
+from orthokv.files.digests import verify_files
+from orthokv.fit.divergence import block_logits
+from orthokv.fit.methods import Eigen, Palu, Stiefel
+from orthokv.fit.sensitivity import sensitivities
+from orthokv.fit.settings import FitSettings
+from orthokv.fit.task import LayerTask, view_layer
+from orthokv.fit.walk import LayerWalk
+from orthokv.measure.checkpoint import evaluate_checkpoint
+from orthokv.measure.quality import cache_size, quality
+from orthokv.models.geometry import geometry_of
+from orthokv.models.source import ModelSource, load_model, resolve_model
+from orthokv.pipeline import build_profile, compress, fit_layers, make_plan, prepare_blocks
+from orthokv.plan.allocate import allocate
+from orthokv.plan.bases import planned_bases
+from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.runtime.seam import Seam, compressed, seam_of
+from orthokv.serving.generation import generate
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import (
+    BudgetUnreachable,
+    InvalidModel,
+    InvalidSetting,
+    OrthoKVError,
+    UnsupportedModel,
 )
-from orthokv.profile import ErrorProfile, LayerProfile
-from orthokv.progress import Step
-from orthokv.source import ModelSource, load_model, resolve_model
+from orthokv.spec.geometry import Geometry, check_key_mode
+from orthokv.spec.progress import Step
+from orthokv.spec.vocabulary import KEY_MODES
+from orthokv.text.source import TextMixture, TextSource
+from orthokv.text.written import self_text
 from tests.tiny import (
     ARCHITECTURES,
     GROUPINGS,
@@ -235,7 +241,7 @@ def test_layers_that_went_through_files_make_the_same_profile(
     source = resolve_model(str(folder()))
     model, blocks = load_model(source), tiny_blocks()
     layers = list(fit_layers(model, blocks, QUICK))
-    geometry = AttentionGeometry.from_config(model.config)
+    geometry = geometry_of(model.config)
     for layer in layers:
         layer.save(tmp_path / f"{layer.index}.safetensors", geometry)
     again = [LayerProfile.load(tmp_path / f"{i}.safetensors") for i in (2, 0, 1)]
@@ -494,25 +500,25 @@ def test_blocks_longer_than_the_model_are_refused(folder: Callable[..., Path], t
     [("llama", 4, 8), ("mistral", 2, 8), ("qwen2", 4, 8), ("qwen3", 4, 16), ("opt", 8, 8)],
 )
 def test_the_geometry_is_that_of_the_projections(architecture: str, kv_heads: int, head_dim: int) -> None:
-    geometry = AttentionGeometry.from_config(tiny_config(architecture))
+    geometry = geometry_of(tiny_config(architecture))
     assert (geometry.kv_heads, geometry.head_dim) == (kv_heads, head_dim)
     rows = {p.shape[0] for n, p in tiny_model(architecture).named_parameters() if n.endswith("k_proj.weight")}
     assert rows == {geometry.kv_width}
     assert geometry.dense_bytes_per_token == LAYERS * 2 * 2 * geometry.kv_width
-    assert AttentionGeometry.from_dict(geometry.to_dict()) == geometry
+    assert Geometry.from_dict(geometry.to_dict()) == geometry
 
 
 def test_the_rope_hash_tells_rotary_embeddings_apart() -> None:
     config = tiny_config("llama")
-    before = AttentionGeometry.from_config(config).rope_hash
+    before = geometry_of(config).rope_hash
     config.rope_parameters["rope_theta"] = 10001.0
-    assert AttentionGeometry.from_config(config).rope_hash != before
+    assert geometry_of(config).rope_hash != before
 
 
 def test_rotary_tables_that_change_with_the_length_serve_keys_after_rope_only() -> None:
     config = tiny_config("llama")
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    geometry = AttentionGeometry.from_config(config)
+    geometry = geometry_of(config)
     with pytest.raises(UnsupportedModel, match="'dynamic'"):
         check_key_mode(geometry, "pre")
     check_key_mode(geometry, "post")

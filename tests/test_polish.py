@@ -12,30 +12,29 @@ from typing import Any
 import pytest
 import torch
 
-from orthokv.allocate import Plan, allocate
-from orthokv.attention import Seam
-from orthokv.basis import Basis
-from orthokv.budget import Budget
-from orthokv.checkpoint import read_checkpoint, write_checkpoint
+from orthokv.bases.basis import Basis
+from orthokv.checkpoint.read import read_checkpoint
+from orthokv.checkpoint.write import write_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
-from orthokv.dataset import Blocks, TextSource, self_text
-from orthokv.errors import InvalidSetting
-from orthokv.evaluate import quality
-from orthokv.naming import CONFIG
-from orthokv.pipeline import (
-    FitSettings,
-    compress,
-    load,
-    make_plan,
-    planned_bases,
-    polish_plan,
-    prepare_blocks,
-)
-from orthokv.polish import polish, polish_steps
-from orthokv.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
-from orthokv.progress import Step
-from orthokv.source import resolve_model
-from orthokv.streaming import stream_model
+from orthokv.fit.polish import polish, polish_steps
+from orthokv.fit.settings import FitSettings
+from orthokv.measure.quality import quality
+from orthokv.models.loading import load
+from orthokv.models.source import resolve_model
+from orthokv.models.streaming import stream_model
+from orthokv.pipeline import compress, make_plan, polish_plan, prepare_blocks
+from orthokv.plan.allocate import allocate
+from orthokv.plan.bases import planned_bases
+from orthokv.plan.plan import Plan
+from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
+from orthokv.runtime.seam import Seam
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.names import CONFIG
+from orthokv.spec.progress import Step
+from orthokv.text.blocks import Blocks
+from orthokv.text.source import TextSource
+from orthokv.text.written import self_text
 from tests.tiny import tiny_blocks, tiny_folder, tiny_model, tiny_profile, tiny_text
 from workers.runner import Wire, run
 

@@ -18,29 +18,30 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.bench import MODEL, SHARED
-from orthokv.allocate import allocate
-from orthokv.attention import Bases, Seam
-from orthokv.budget import Budget
-from orthokv.capture import LayerWalk, view_layer
-from orthokv.dataset import Blocks, TextMixture, TextSource, evenly, load_blocks, starts_over
-from orthokv.errors import InvalidDataset, InvalidSetting
-from orthokv.evaluate import compressed, perplexity, quality, separate_divergences
-from orthokv.geometry import STATIC_ROPE, AttentionGeometry, rope_types
-from orthokv.methods import Weighted
-from orthokv.pipeline import (
-    FitSettings,
-    build_profile,
-    compress,
-    evaluate_checkpoint,
-    fit_layers,
-    load,
-    planned_bases,
-    prepare_blocks,
-)
-from orthokv.profile import ErrorProfile
-from orthokv.refine import Refinement, refine
-from orthokv.source import load_model, load_tokenizer, resolve_model
-from orthokv.streaming import StreamedWeights, stream_model
+from orthokv.bases.basis import Bases
+from orthokv.fit.methods import Weighted
+from orthokv.fit.refine import Refinement, refine
+from orthokv.fit.sensitivity import separate_divergences
+from orthokv.fit.settings import FitSettings
+from orthokv.fit.task import view_layer
+from orthokv.fit.walk import LayerWalk
+from orthokv.measure.checkpoint import evaluate_checkpoint
+from orthokv.measure.quality import perplexity, quality
+from orthokv.models.geometry import geometry_of
+from orthokv.models.loading import load
+from orthokv.models.source import load_model, load_tokenizer, resolve_model
+from orthokv.models.streaming import StreamedWeights, stream_model
+from orthokv.pipeline import build_profile, compress, fit_layers, prepare_blocks
+from orthokv.plan.allocate import allocate
+from orthokv.plan.bases import planned_bases
+from orthokv.plan.profile import ErrorProfile
+from orthokv.runtime.seam import Seam, compressed
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import InvalidDataset, InvalidSetting
+from orthokv.spec.geometry import STATIC_ROPE, rope_types
+from orthokv.text.blocks import Blocks, evenly, starts_over
+from orthokv.text.packing import load_blocks
+from orthokv.text.source import TextMixture, TextSource
 from tests.tiny import (
     LAYERS,
     MAX_POSITIONS,
@@ -55,12 +56,8 @@ from tests.tiny import (
 )
 from workers.runner import Wire, run
 
-ROTATED = [name for name in VARIANTS if AttentionGeometry.from_config(tiny_config(name)).rope is not None]
-STATIC = [
-    name
-    for name in ROTATED
-    if rope_types(AttentionGeometry.from_config(tiny_config(name))) <= {*STATIC_ROPE, "dynamic"}
-]
+ROTATED = [name for name in VARIANTS if geometry_of(tiny_config(name)).rope is not None]
+STATIC = [name for name in ROTATED if rope_types(geometry_of(tiny_config(name))) <= {*STATIC_ROPE, "dynamic"}]
 LENGTH = 24
 FAR = MAX_POSITIONS - LENGTH
 PLACES = [0, 100, FAR, 100, 0, FAR, 31]
@@ -177,7 +174,7 @@ def test_a_walk_gives_the_models_own_states_wherever_blocks_begin(name: str, bat
 @pytest.mark.parametrize("name", STATIC)
 def test_a_later_start_turns_keys_and_changes_no_output(name: str) -> None:
     model, tokens = tiny_model(name), tiny_tokens(3, LENGTH)
-    geometry = AttentionGeometry.from_config(model.config)
+    geometry = geometry_of(model.config)
     with Seam(model, "post") as seam:
         walks = [LayerWalk(model, tokens, 3, [start] * 3) for start in (0, FAR)]
         for layer in range(LAYERS):
@@ -503,7 +500,7 @@ def test_a_real_model_is_served_as_well_at_the_far_end_of_its_context_as_at_the_
     model = load(source, "cpu")
     shape = {"num_samples": 4, "sequence_length": TEXT_LENGTH}
     evaluation = load_blocks(TextSource(str(unseen)), load_tokenizer(source), **shape)
-    far = AttentionGeometry.from_config(model.config).max_positions - TEXT_LENGTH
+    far = geometry_of(model.config).max_positions - TEXT_LENGTH
     cost: dict[str, dict[str, float]] = {}
     for name, positions in (("start", TEXT_LENGTH), ("range", None)):
         settings = FitSettings(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from orthokv.basis import KEY_MODES, KeyMode, Sharing
-from orthokv.capture import LayerView
-from orthokv.errors import UnsupportedModel
-from orthokv.methods import Eigen, Palu, Weighted
+from orthokv.fit.methods import Eigen, Palu, Weighted
+from orthokv.fit.task import LayerView
+from orthokv.spec.errors import UnsupportedModel
+from orthokv.spec.vocabulary import KEY_MODES, KeyMode, Sharing
 from tests.test_methods import LAYER, layer_of, span_error, view_of
 from tests.tiny import GROUPINGS
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orthokv.basis import SHARINGS, Sharing
-from orthokv.errors import InvalidSetting
-from orthokv.profile import candidate_ranks
-from orthokv.rankgrid import RankGrid, interpolate
+from orthokv.plan.surface import interpolate
+from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.rankgrid import RankGrid, candidate_ranks
+from orthokv.spec.vocabulary import SHARINGS, Sharing
 from tests.test_allocate import profile_of
 
 

@@ -10,18 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from orthokv.allocate import allocate
-from orthokv.attention import Seam
-from orthokv.basis import orthonormality_error
-from orthokv.budget import Budget
-from orthokv.capture import LayerWalk, view_layer
+from orthokv.bases.manifold import orthonormality_error
 from orthokv.compare import MethodChoice
-from orthokv.dataset import Blocks, self_text
-from orthokv.errors import InvalidSetting
-from orthokv.evaluate import quality
-from orthokv.pipeline import FitSettings, planned_bases
-from orthokv.profile import ErrorProfile
-from orthokv.refine import Refinement, _Teacher, refine
+from orthokv.fit.refine import Refinement, _Teacher, refine
+from orthokv.fit.settings import FitSettings
+from orthokv.fit.task import view_layer
+from orthokv.fit.walk import LayerWalk
+from orthokv.measure.quality import quality
+from orthokv.plan.allocate import allocate
+from orthokv.plan.bases import planned_bases
+from orthokv.plan.profile import ErrorProfile
+from orthokv.runtime.seam import Seam
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import InvalidSetting
+from orthokv.text.blocks import Blocks
+from orthokv.text.written import self_text
 from tests.tiny import tiny_blocks, tiny_folder, tiny_model, tiny_profile
 
 METHODS = ("eigen", "weighted")  # a point of the manifold, and an oblique pair

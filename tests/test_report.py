@@ -23,17 +23,22 @@ from matplotlib.text import Annotation, Text
 from rich.console import Console
 from rich.table import Table
 
-from orthokv.allocate import Plan, allocate
-from orthokv.basis import SHARINGS, KeyMode, Sharing, group_width, orthonormal
-from orthokv.budget import Budget
-from orthokv.checkpoint import read_checkpoint, record_measurements, write_checkpoint
-from orthokv.errors import InvalidSetting
-from orthokv.geometry import AttentionGeometry
-from orthokv.plots import plot_comparison, plot_plan, plot_profile, style
-from orthokv.profile import ErrorProfile, LayerProfile, candidate_ranks
-from orthokv.report import model_card
-from orthokv.results import ComparisonRow
-from orthokv.tables import comparison_markdown, comparison_table, plan_table, profile_table
+from orthokv.bases.basis import orthonormal
+from orthokv.checkpoint.card import model_card
+from orthokv.checkpoint.read import read_checkpoint
+from orthokv.checkpoint.write import record_measurements, write_checkpoint
+from orthokv.plan.allocate import allocate
+from orthokv.plan.plan import Plan
+from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.show.plots import plot_comparison, plot_plan, plot_profile, style
+from orthokv.show.results import ComparisonRow
+from orthokv.show.tables import comparison_markdown, comparison_table, plan_table, profile_table
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.geometry import Geometry
+from orthokv.spec.rankgrid import candidate_ranks
+from orthokv.spec.sharing import group_width
+from orthokv.spec.vocabulary import SHARINGS, KeyMode, Sharing
 
 HEADS, HEAD_DIM = 4, 16
 MEASURED = {
@@ -81,9 +86,7 @@ def profile_of(
 ) -> ErrorProfile:
     generator = torch.Generator().manual_seed(0)
     parts: dict[str, Any] = {
-        "geometry": AttentionGeometry(
-            "llama", layers, 128, 8, HEADS, HEAD_DIM, 512, {"rope_theta": 1e4}, "ab" * 32
-        ),
+        "geometry": Geometry("llama", layers, 128, 8, HEADS, HEAD_DIM, 512, {"rope_theta": 1e4}, "ab" * 32),
         "key_mode": key_mode,
         "sharing": sharing,
         "layers": tuple(layer_of(i, layers, sharing, sensitive, generator) for i in range(layers)),

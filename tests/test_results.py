@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orthokv.results import ComparisonRow, summarise
-from orthokv.tables import details_markdown, ratios_markdown
+from orthokv.show.results import ComparisonRow, summarise
+from orthokv.show.tables import details_markdown, ratios_markdown
 
 ROW = ComparisonRow(
     "eigen", "tied", "pre", 0.5, 0.498, 1912, 12.0, 10.0, 0.2, 0.1, 3.0, 0.99, "books", "knapsack", 0, "cpu"

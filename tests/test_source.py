@@ -22,7 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from orthokv.errors import (
+from orthokv.models.source import ModelSource, load_model, load_tokenizer, resolve_device, resolve_model
+from orthokv.spec.errors import (
     InvalidModel,
     InvalidSetting,
     ModelGated,
@@ -33,7 +34,6 @@ from orthokv.errors import (
     UnsafeModel,
     UnsupportedModel,
 )
-from orthokv.source import ModelSource, load_model, load_tokenizer, resolve_device, resolve_model
 from tests.hub import Hub, Repo, serve_hub
 
 DEMO = Path(__file__).parent.parent / "demo" / "demo-llama-3m"

@@ -17,26 +17,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.make_model import write_model
-from orthokv.budget import Budget
-from orthokv.capture import LayerWalk, spilled_to
 from orthokv.cli import main
-from orthokv.dataset import TextSource
-from orthokv.errors import InvalidModel, InvalidSetting, StorageError
-from orthokv.fingerprint import matches, weight_fingerprints
-from orthokv.geometry import decoder_layers
-from orthokv.pipeline import (
-    Compressed,
-    FitSettings,
-    build_profile,
-    compress,
-    evaluate_checkpoint,
-    fit_layers,
-    load,
-    prepare_blocks,
-)
-from orthokv.runtime.attach import attach, detach
-from orthokv.source import ModelSource, load_model, resolve_model
-from orthokv.streaming import StreamedWeights, stream_model, streamed_weights, streaming_reason
+from orthokv.fit.settings import FitSettings
+from orthokv.fit.walk import LayerWalk
+from orthokv.measure.checkpoint import evaluate_checkpoint
+from orthokv.models.fingerprint import matches, weight_fingerprints
+from orthokv.models.geometry import decoder_layers
+from orthokv.models.loading import load
+from orthokv.models.source import ModelSource, load_model, resolve_model
+from orthokv.models.states import spilled_to
+from orthokv.models.streaming import StreamedWeights, stream_model, streamed_weights, streaming_reason
+from orthokv.pipeline import Compressed, build_profile, compress, fit_layers, prepare_blocks
+from orthokv.serving.attach import attach, detach
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import InvalidModel, InvalidSetting, StorageError
+from orthokv.text.source import TextSource
 from tests.tiny import (
     ARCHITECTURES,
     LAYERS,

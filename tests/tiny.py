@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from orthokv.architectures import ARCHITECTURES as REGISTRY
-from orthokv.basis import Sharing
-from orthokv.dataset import Blocks
-from orthokv.pipeline import FitSettings, build_profile, fit_layers
-from orthokv.profile import ErrorProfile
-from orthokv.source import load_model, resolve_model
+from orthokv.fit.settings import FitSettings
+from orthokv.models.architectures import ARCHITECTURES as REGISTRY
+from orthokv.models.source import load_model, resolve_model
+from orthokv.pipeline import build_profile, fit_layers
+from orthokv.plan.profile import ErrorProfile
+from orthokv.spec.vocabulary import Sharing
+from orthokv.text.blocks import Blocks
 
 ARCHITECTURES: tuple[str, ...] = tuple(REGISTRY)
 # One for each kind of attention, for tests that multiply by something else: plain, windows with two rotary tables and norms, no

@@ -23,39 +23,36 @@ import torch
 from huggingface_hub import constants as hub_constants
 
 from app.infra import failpoints
-from orthokv.allocate import check_reachable
-from orthokv.budget import Budget
-from orthokv.capture import spilled_to
-from orthokv.checkpoint import (
-    is_storage_failure,
-    read_checkpoint,
-    record_measurements,
-    write_checkpoint,
-)
-from orthokv.dataset import Blocks, TextMixture, TextSource
-from orthokv.errors import BudgetUnreachable, OrthoKVError
-from orthokv.geometry import check_key_mode
-from orthokv.naming import CONFIG
+from orthokv.checkpoint.read import read_checkpoint
+from orthokv.checkpoint.write import record_measurements, write_checkpoint
+from orthokv.files.folders import is_storage_failure
+from orthokv.fit.polish import polish_steps
+from orthokv.fit.refine import can_refine
+from orthokv.fit.settings import FitSettings
+from orthokv.measure.checkpoint import evaluate_checkpoint
+from orthokv.models.loading import load, read_geometry
+from orthokv.models.source import ModelSource, resolve_model
+from orthokv.models.states import spilled_to
+from orthokv.models.streaming import stored_tensors
 from orthokv.pipeline import (
-    FitSettings,
     build_profile,
     calibrated_positions,
-    evaluate_checkpoint,
     fit_layers,
-    load,
     make_plan,
     polish_plan,
     prepare_blocks,
-    read_geometry,
 )
-from orthokv.plots import plot_profile
-from orthokv.polish import polish_steps
-from orthokv.profile import ErrorProfile, LayerProfile
-from orthokv.progress import Step
-from orthokv.rankgrid import RankGrid
-from orthokv.refine import can_refine
-from orthokv.source import ModelSource, resolve_model
-from orthokv.streaming import stored_tensors
+from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.plan.reachable import check_reachable
+from orthokv.show.plots import plot_profile
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import BudgetUnreachable, OrthoKVError
+from orthokv.spec.geometry import check_key_mode
+from orthokv.spec.names import CONFIG
+from orthokv.spec.progress import Step
+from orthokv.spec.rankgrid import RankGrid
+from orthokv.text.blocks import Blocks
+from orthokv.text.source import TextMixture, TextSource
 
 MEDIA_TYPES = {
     ".json": "application/json",

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 from app.jobs.vocabulary import StepName
 
-# The library's own defaults (`orthokv/methods`), for a request that names none.
+# The library's own defaults (`orthokv/fit/methods`), for a request that names none.
 _STEPS = {"oblique": 200, "stiefel": 200}
 _REFINE_STEPS = {"oblique": 400}
-# Candidate ranks and the blocks that each is tried on (`orthokv/profile.py`).
+# Candidate ranks and the blocks that each is tried on (`orthokv/plan/profile.py`).
 _RANK_PAIRS, _PROFILE_BLOCKS = 64, 2
 _PLANS_TRIED = 9  # by a budget on perplexity
 _HELD_OUT = 8  # one block in so many
@@ -92,7 +92,7 @@ class Asked:
 
 
 def _polish_steps(metric: str, refine: int, asked: int | None) -> int:
-    """As in `orthokv/polish.py`."""
+    """As in `orthokv/fit/polish.py`."""
     if metric == "layer_error":
         return 0
     return refine // 2 if asked is None else asked

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from orthokv.attention import LayerBases
-from orthokv.basis import KeyMode
-from orthokv.geometry import AttentionGeometry
+from orthokv.bases.basis import LayerBases
 from orthokv.runtime.cache import adopt_layer, cache_bytes
+from orthokv.spec.geometry import Geometry
+from orthokv.spec.vocabulary import KeyMode
 
 
-def live_bytes_per_token(geometry: AttentionGeometry, bases: Sequence[LayerBases], key_mode: KeyMode) -> int:
+def live_bytes_per_token(geometry: Geometry, bases: Sequence[LayerBases], key_mode: KeyMode) -> int:
     """Put one token into a real cache in 16 bits and count what it holds."""
     cache = DynamicCache()
     shape = (1, geometry.kv_heads, 1, geometry.head_dim)

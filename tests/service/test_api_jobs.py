@@ -15,7 +15,7 @@ from app.jobs.lease import Failure, fail
 from app.jobs.schemas import LEARNED, Method
 from app.jobs.vocabulary import JobErrorCode, StepName
 from app.principal import local_principal
-from orthokv.methods import METHODS
+from orthokv.fit.methods import METHODS
 from tests.service.factories import (
     POLICY,
     advance,

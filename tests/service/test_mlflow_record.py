@@ -69,11 +69,11 @@ def test_tags_are_ids_and_digests() -> None:
     tags = record().tags
     assert tags["orthokv.job_id"] == "job_1"
     assert tags["orthokv.url"] == "https://kv.example.com/v1/jobs/job_1"
-    assert (tags["orthokv.model.digest"], tags["orthokv.dataset.digest"]) == ("f0", "d0")
+    assert (tags["orthokv.model.digest"], tags["orthokv.text.blocks.digest"]) == ("f0", "d0")
     assert (tags["orthokv.checkpoint_id"], tags["orthokv.manifest_sha256"]) == ("ckpt_1", "m0")
     assert tags["orthokv.metadata.team"] == "search"
     assert "orthokv.error" not in tags
-    assert not any(key.startswith("orthokv.geometry") for key in tags)
+    assert not any(key.startswith("orthokv.models.geometry") for key in tags)
 
 
 @pytest.mark.parametrize(
