@@ -75,7 +75,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python -m tools.openapi --check
 	$(BIN)/python -m tests.client_sources --check
-	$(BIN)/python -m tests.support_table --check
+	$(BIN)/python -m tools.support_table --check
 	$(BIN)/python -m app.migrate --check
 	$(BIN)/yamllint --strict -c .yamllint.yml .yamllint.yml docker-compose.yml deploy
 	$(BIN)/hadolint Dockerfile gpu_worker.Dockerfile
@@ -111,7 +111,7 @@ bench-download: $(STAMP)
 	$(BIN)/python -m benchmarks.service_download $(ARGS)
 
 table: $(STAMP)
-	$(BIN)/python -m tests.support_table
+	$(BIN)/python -m tools.support_table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

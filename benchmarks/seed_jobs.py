@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from app.infra.database import SyncDatabase
 from app.infra.ids import new_id
 from app.jobs.models import Event, Job, Step
-from tests.service.factories import complete, queue_job
+from tests.support.factories import complete, queue_job
 
 _AT_ONCE = 2_000  # jobs a transaction
 

@@ -1,7 +1,7 @@
 """The dependency of every route that is not public: a principal with the scope that the route needs.
 
 A dependency, not a middleware: what is checked belongs to the route that runs, so no spelling of the path and
-no Host header leads around it. `tests/service/test_auth_walk.py` calls every route without a key.
+no Host header leads around it. `tests/service/auth/test_auth_walk.py` calls every route without a key.
 """
 
 from __future__ import annotations

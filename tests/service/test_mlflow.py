@@ -10,19 +10,18 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 
 from orthokv.client import OrthoKV
-from tests.mlflow_server import Cut, Tracking, mlflow_url, tags
-from tests.server import REPOSITORY, Server, until
-from tests.service.factories import LAYERS, Script, job_body
+from tests.support.factories import LAYERS, Script, job_body
+from tests.support.mlflow_server import Cut, Tracking, mlflow_url, tags
+from tests.support.orthokv_server import Server, until
+from tests.support.paths import REPOSITORY, SCRIPTED_RUNNER
 
 pytestmark = pytest.mark.mlflow
-RUNNER = Path(__file__).with_name("scripted_runner.py")
 AWAY = "http://someone:tracking-canary@127.0.0.1:9"
 
 
@@ -39,7 +38,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
 
 @pytest.fixture(scope="module")
 def server(script: Script, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    command = json.dumps([sys.executable, str(RUNNER), str(script.folder)])
+    command = json.dumps([sys.executable, str(SCRIPTED_RUNNER), str(script.folder)])
     with Server(tmp_path_factory.mktemp("serve") / "data", {"ORTHOKV_RUNNER_COMMAND": command}) as server:
         yield server
 
