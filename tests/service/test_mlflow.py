@@ -129,7 +129,7 @@ def test_an_ended_job_is_a_run_with_its_spec_layers_and_digests(
     assert tracking.history(run_id, "measured.perplexity") == [(0, 11.5)]
     found = tags(run["data"])
     assert found["orthokv.model.digest"] == job["resolved"]["model"]["digest"]
-    assert found["orthokv.text.blocks.digest"] == "d" * 64
+    assert found["orthokv.dataset.digest"] == "d" * 64
     assert found["orthokv.metadata.team"] == "search"
     assert found["orthokv.checkpoint_id"] == job["result"]["checkpoint_id"]
     files = server.get(f"/v1/checkpoints/{job['result']['checkpoint_id']}/files")["data"]

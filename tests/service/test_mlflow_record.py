@@ -69,7 +69,7 @@ def test_tags_are_ids_and_digests() -> None:
     tags = record().tags
     assert tags["orthokv.job_id"] == "job_1"
     assert tags["orthokv.url"] == "https://kv.example.com/v1/jobs/job_1"
-    assert (tags["orthokv.model.digest"], tags["orthokv.text.blocks.digest"]) == ("f0", "d0")
+    assert (tags["orthokv.model.digest"], tags["orthokv.dataset.digest"]) == ("f0", "d0")
     assert (tags["orthokv.checkpoint_id"], tags["orthokv.manifest_sha256"]) == ("ckpt_1", "m0")
     assert tags["orthokv.metadata.team"] == "search"
     assert "orthokv.error" not in tags
