@@ -11,7 +11,6 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.repository import by_ids
 from app.audit.service import record as audit
-from app.auth.principal import Principal
 from app.datasets.service import require_ready
 from app.http.errors import Code, FieldProblem, Problem, not_found
 from app.http.pagination import Cursor, Page, page
@@ -25,6 +24,7 @@ from app.jobs.schemas import Job, JobCreate, Layer, LayerList
 from app.jobs.states import record, transition
 from app.jobs.unfold import add_first_steps, first_step, reopen
 from app.jobs.vocabulary import JobKind, JobStatus
+from app.principal import Principal
 from app.profiles.repository import share_profile
 from app.quotas.service import require_room_for_job
 from app.settings import Settings
