@@ -15,8 +15,8 @@ from app.http.dependencies import Config, Db
 from app.http.errors import Code
 from app.http.routing import BoundedRoute
 from app.jobs.schemas import JobCreate
-from app.jobs.service import is_hub_id
 from app.settings import Settings
+from orthokv.spec.hub_ids import is_hub_id
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=BoundedRoute)
 

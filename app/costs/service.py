@@ -43,7 +43,7 @@ def validate(
 
 def estimate_of(session: Session, *, body: JobCreate, known: Known) -> Estimate:
     """What is to be expected of a job over this model."""
-    asked, shape = Asked.of_spec(body.model_dump(mode="json")), known.shape
+    asked, shape = Asked.of(body), known.shape
     common: dict[str, Any] = {
         "gpu_class": body.gpu_class,
         "known_from": known.source,

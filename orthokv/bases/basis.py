@@ -126,9 +126,6 @@ def orthonormal(encoder: Tensor, kv_heads: int, head_dim: int) -> Basis:
     return Basis(encoder, encoder, kv_heads, head_dim)
 
 
-# ------------------------------------------------------------------------------------------- the manifold
-
-
 class LayerBases(Protocol):
     """What the seam reads of a layer's bases. ``None`` leaves the keys, or the values, as they are."""
 
@@ -145,7 +142,16 @@ class LayerBases(Protocol):
 
 @dataclass(frozen=True)
 class Bases:
-    """The plain implementation of :class:`LayerBases`, used while fitting."""
+    """The bases of a layer, keys and values both."""
+
+    key: Basis
+    value: Basis
+    store_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class PartialBases:
+    """One side of a layer or none, while fitting; what is None stays as it is."""
 
     key: Basis | None
     value: Basis | None

@@ -38,8 +38,6 @@ class AttachedBases(nn.Module):
 
     def __init__(self, bases: Bases, dtype: torch.dtype, store: torch.dtype) -> None:
         super().__init__()
-        assert bases.key is not None
-        assert bases.value is not None
         self.kv_heads, self.head_dim = bases.key.kv_heads, bases.key.head_dim
         self.store_dtype: torch.dtype | None = store
         self._orthonormal = {"key": bases.key.orthonormal, "value": bases.value.orthonormal}

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app.migrate import upgrade
-from orthokv.client.cli import jobs
+from orthokv_client.cli import jobs
 from tests.crash.test_scripted import digests
 from tests.support.factories import Script, job_body
 from tests.support.fleet import Api, Worker

@@ -19,7 +19,7 @@ from torch import Tensor
 from orthokv.bases.basis import Basis, orthonormal
 from orthokv.models.geometry import geometry_of
 from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Allocation, Plan, position_bytes
+from orthokv.plan.plan import Plan
 from orthokv.plan.profile import ErrorProfile, LayerProfile
 from orthokv.plan.published import depth_weights, threshold_ranks
 from orthokv.plan.search import allocate_for_perplexity
@@ -27,10 +27,11 @@ from orthokv.plan.surface import interpolate
 from orthokv.runtime.measure import live_bytes_per_token
 from orthokv.spec.budget import METRICS, Budget
 from orthokv.spec.errors import BudgetUnreachable, InvalidCheckpoint, InvalidSetting
+from orthokv.spec.footprint import Footprint, dense_bytes
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.rankgrid import RankGrid, candidate_ranks
 from orthokv.spec.sharing import group_width
-from orthokv.spec.vocabulary import KEY_MODES, SHARINGS, KeyMode, Sharing
+from orthokv.spec.vocabulary import KEY_MODES, SHARINGS, Allocation, KeyMode, Sharing
 from tests.support.tiny import GROUPINGS, tiny_config
 
 claim = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
@@ -149,9 +150,9 @@ def test_the_bytes_of_a_plan_are_those_of_a_live_cache(
 def test_positions_are_paid_for_once_and_only_where_keys_are_rotated_later() -> None:
     rotated = geometry_of(tiny_config("llama"))
     learned = geometry_of(tiny_config("opt"))
-    assert position_bytes(rotated, "pre") == 4
-    assert position_bytes(rotated, "post") == 0
-    assert position_bytes(learned, "pre") == 0
+    assert Footprint(rotated, "pre").fixed() == 4
+    assert Footprint(rotated, "post").fixed() == 0
+    assert Footprint(learned, "pre").fixed() == 0
 
 
 def test_keeping_everything_is_exact_where_no_positions_are_stored() -> None:
@@ -507,8 +508,8 @@ def test_threshold_rule_spends_a_share_of_bytes_as_far_as_its_45_percent_allow(k
 def allocate_bytes(profile: ErrorProfile, pair: tuple[int, int]) -> float:
     layer = profile.layers[0]
     latents = layer.key.groups * pair[0] + layer.value.groups * pair[1]
-    dense = profile.geometry.dense_bytes_per_token
-    fixed = position_bytes(profile.geometry, profile.key_mode)
+    dense = dense_bytes(profile.geometry)
+    fixed = Footprint(profile.geometry, profile.key_mode).fixed()
     return (2 * latents * len(profile.layers) + fixed) / dense
 
 

@@ -11,11 +11,10 @@ from transformers import CONFIG_MAPPING, DynamicCache, PreTrainedModel
 from orthokv.models.architectures import ARCHITECTURES, architecture_of
 from orthokv.models.fingerprint import matches, weight_fingerprints
 from orthokv.models.geometry import attention_modules, geometry_of
-from orthokv.plan.plan import position_bytes
 from orthokv.runtime.cache import cache_bytes
 from orthokv.runtime.seam import Seam
 from orthokv.spec.errors import UnsupportedModel
-from orthokv.spec.footprint import held_tokens
+from orthokv.spec.footprint import Footprint, held_tokens
 from orthokv.spec.geometry import Geometry, check_key_mode
 from tests.support.tiny import LAYERS, SLIDING_WINDOW, VARIANTS, tiny_config, tiny_model, tiny_tokens
 
@@ -99,8 +98,8 @@ def test_windows_are_those_of_the_stock_cache(name: str, tokens: int) -> None:
 )
 def test_positions_are_kept_once_for_each_window_of_layers_that_rotate(name: str, books: int) -> None:
     geometry = geometry_of(tiny_config(name))
-    assert position_bytes(geometry, "pre") == 4 * books
-    assert position_bytes(geometry, "post") == 0
+    assert Footprint(geometry, "pre").fixed() == 4 * books
+    assert Footprint(geometry, "post").fixed() == 0
 
 
 @pytest.mark.parametrize("name", ["llama+dynamic", "phi3+longrope"])

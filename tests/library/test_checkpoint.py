@@ -31,19 +31,11 @@ from transformers import (
 
 import orthokv
 from orthokv.checkpoint.read import Checkpoint, read_checkpoint
-from orthokv.checkpoint.write import (
-    CARD,
-    CONFIG,
-    FORMS,
-    SUMS,
-    TENSORS,
-    record_measurements,
-    verify_files,
-    write_checkpoint,
-)
+from orthokv.checkpoint.write import record_measurements, write_checkpoint
+from orthokv.files.digests import SUMS, verify_files
 from orthokv.models.source import ModelSource, resolve_model
 from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Plan
+from orthokv.plan.plan import Plan, layer_plans
 from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
 from orthokv.runtime.seam import seam_of
 from orthokv.spec.budget import Budget
@@ -55,7 +47,8 @@ from orthokv.spec.errors import (
     StorageError,
     UnsupportedModel,
 )
-from orthokv.spec.vocabulary import KEY_MODES
+from orthokv.spec.names import CARD, CONFIG, TENSORS
+from orthokv.spec.vocabulary import FORMS, KEY_MODES
 from tests.support.tiny import (
     ARCHITECTURES,
     EAGER_ONLY,
@@ -316,7 +309,7 @@ def test_a_parent_that_is_a_file_is_one_sentence(make: Callable[..., Made], tmp_
 
 
 def test_a_plan_above_the_width_is_refused(make: Callable[..., Made], tmp_path: Path) -> None:
-    plan = replace(make().plan, ranks=((33, 4), (4, 4), (4, 4)))
+    plan = replace(make().plan, layers=layer_plans(make().profile, [(33, 4), (4, 4), (4, 4)]))
     with pytest.raises(InvalidSetting, match=r"rank 33 is outside 1\.\.32"):
         write_checkpoint(make().profile, plan, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

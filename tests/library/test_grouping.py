@@ -17,23 +17,23 @@ from orthokv.bases.basis import orthonormal
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.fit.grouping import COMPARED_KEPT, SHARING_TOLERANCE, error_at_bytes, narrowest_good
-from orthokv.fit.settings import FitSettings
 from orthokv.models.source import load_model, resolve_model
 from orthokv.pipeline import build_profile, compress, fit_layers
 from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import ALLOCATIONS, Allocation
 from orthokv.plan.profile import PROFILE_JSON, Candidate, ErrorProfile, LayerProfile
-from orthokv.plan.reachable import check_reachable
 from orthokv.plan.search import smallest_kept
 from orthokv.runtime.measure import live_bytes_per_token
 from orthokv.show.plots import plot_plan, plot_profile
 from orthokv.show.tables import profile_table
 from orthokv.spec.budget import Budget
+from orthokv.spec.check import check
 from orthokv.spec.errors import BudgetUnreachable, InvalidSetting
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.rankgrid import RankGrid, candidate_ranks
+from orthokv.spec.settings import FitSettings
 from orthokv.spec.sharing import GROUPED, group_width, sharings_of
-from orthokv.spec.vocabulary import Sharing, SharingChoice
+from orthokv.spec.target import Target
+from orthokv.spec.vocabulary import ALLOCATIONS, Allocation, Sharing, SharingChoice
 from orthokv.text.source import TextSource
 from tests.support.tiny import tiny_blocks, tiny_config, tiny_folder, tiny_model, tiny_text
 
@@ -96,7 +96,9 @@ def test_groups_that_do_not_divide_are_refused_before_a_weight_is_read(
     sharing: SharingChoice, kv_heads: int, named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidSetting, match=named):
-        check_reachable(geometry_of(kv_heads), sharing, "pre", Budget("kept", 0.5))
+        check(
+            geometry_of(kv_heads), FitSettings(sharing=sharing, key_mode="pre"), Target(Budget("kept", 0.5))
+        )
     changes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": kv_heads}
     folder = tiny_folder(tmp_path, "llama", **changes)
     source = resolve_model(str(folder))
@@ -104,7 +106,7 @@ def test_groups_that_do_not_divide_are_refused_before_a_weight_is_read(
         weights.write_bytes(b"not weights")
     chosen = FitSettings("eigen", sharing, num_samples=4, sequence_length=16)
     with pytest.raises(InvalidSetting, match=named):
-        compress(source, TextSource("none.txt"), Budget("kept", 0.5), tmp_path / "out", chosen)
+        compress(source, TextSource("none.txt"), Target(Budget("kept", 0.5)), tmp_path / "out", chosen)
 
 
 def test_a_comparison_refuses_such_groups_before_the_first_fit(tmp_path: Path) -> None:
@@ -241,15 +243,27 @@ def test_a_budget_below_every_form_is_refused_and_one_that_some_form_meets_is_no
         for sharing, width in (("pair", 32), ("quad", 64), ("joint", 128))
     }
     assert smallest["joint"] < smallest["pair"]
-    check_reachable(geometry, "auto", "post", Budget("kept", smallest["joint"]), grid)
+    check(
+        geometry,
+        FitSettings(sharing="auto", key_mode="post"),
+        Target(Budget("kept", smallest["joint"]), grid=grid),
+    )
     with pytest.raises(BudgetUnreachable) as refused:
-        check_reachable(geometry, "auto", "post", Budget("kept", smallest["joint"] - 0.01), grid)
+        check(
+            geometry,
+            FitSettings(sharing="auto", key_mode="post"),
+            Target(Budget("kept", smallest["joint"] - 0.01), grid=grid),
+        )
     assert refused.value.best == pytest.approx(smallest["joint"])
 
 
 def test_ranks_that_one_form_cannot_have_are_refused_before_anything_is_fitted() -> None:
     with pytest.raises(InvalidSetting, match=r"multiple of 64 .* width 32"):
-        check_reachable(geometry_of(HEADS), "auto", "pre", Budget("kept", 0.5), RankGrid(64))
+        check(
+            geometry_of(HEADS),
+            FitSettings(sharing="auto", key_mode="pre"),
+            Target(Budget("kept", 0.5), grid=RankGrid(64)),
+        )
 
 
 def test_the_tables_and_files_of_a_profile_say_what_was_chosen_and_between_what(tmp_path: Path) -> None:
@@ -300,7 +314,7 @@ def test_auto_goes_from_text_to_a_refined_and_measured_checkpoint(tmp_path: Path
     chosen = FitSettings(
         "weighted", "auto", num_samples=8, sequence_length=24, profile_samples=2, refine_steps=4
     )
-    found = compress(source, TextSource(str(text)), Budget("kept", 0.4), tmp_path / "out", chosen)
+    found = compress(source, TextSource(str(text)), Target(Budget("kept", 0.4)), tmp_path / "out", chosen)
     checkpoint = read_checkpoint(tmp_path / "out")
     assert checkpoint.sharing == "auto"
     assert [entry["sharing"] for entry in checkpoint.config["ranks"]] == [

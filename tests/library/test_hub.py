@@ -19,7 +19,7 @@ from huggingface_hub import constants
 
 import orthokv
 from orthokv.checkpoint.hub import prepare, push
-from orthokv.checkpoint.write import CARD, CONFIG, Form, record_measurements, write_checkpoint
+from orthokv.checkpoint.write import record_measurements, write_checkpoint
 from orthokv.cli import main
 from orthokv.files.digests import SUMS, sums_of, verify_files
 from orthokv.models.source import resolve_model
@@ -27,6 +27,8 @@ from orthokv.plan.allocate import allocate
 from orthokv.plan.profile import PROFILE_JSON
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidCheckpoint, InvalidSetting, PushFailed
+from orthokv.spec.names import CARD, CONFIG
+from orthokv.spec.vocabulary import Form
 from tests.support.hub import Hub, Repo, serve_hub
 from tests.support.paths import REPOSITORY
 from tests.support.tiny import tiny_folder, tiny_model, tiny_profile, tiny_tokens

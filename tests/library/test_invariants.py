@@ -20,16 +20,19 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import orthokv
 from orthokv.checkpoint.read import Checkpoint
 from orthokv.checkpoint.write import write_checkpoint
-from orthokv.fit.settings import FitSettings
 from orthokv.models.geometry import geometry_of
 from orthokv.models.source import ModelSource, load_model, resolve_model
 from orthokv.pipeline import build_profile, compress, fit_layers, prepare_blocks
-from orthokv.plan.plan import LATENT_BYTES, Plan, position_bytes
+from orthokv.plan.plan import Plan, layer_plans
 from orthokv.plan.profile import ErrorProfile, LayerProfile
 from orthokv.spec.budget import Budget
+from orthokv.spec.codec import codec_spec
+from orthokv.spec.footprint import Footprint, dense_bytes
 from orthokv.spec.geometry import STATIC_ROPE, rope_types
+from orthokv.spec.settings import FitSettings
 from orthokv.spec.sharing import sharings_of
-from orthokv.spec.vocabulary import KEY_MODES, KeyMode, SharingChoice
+from orthokv.spec.target import Target
+from orthokv.spec.vocabulary import CODECS, KEY_MODES, KeyMode, SharingChoice
 from orthokv.text.blocks import Blocks
 from orthokv.text.source import TextSource
 from tests.support.tiny import (
@@ -81,16 +84,13 @@ def planned(profile: ErrorProfile, shares: tuple[tuple[float, float], ...]) -> P
         (max(1, round(k * layer.key.width)), max(1, round(v * layer.value.width)))
         for layer, (k, v) in zip(profile.layers, shares, strict=True)
     ]
-    latents = sum(
-        layer.key.groups * k + layer.value.groups * v
-        for layer, (k, v) in zip(profile.layers, ranks, strict=True)
-    )
-    size = latents * LATENT_BYTES + position_bytes(profile.geometry, profile.key_mode)
-    dense = profile.geometry.dense_bytes_per_token
+    layers = layer_plans(profile, ranks)
+    size = Footprint(profile.geometry, profile.key_mode).cache_bytes(layers)
+    dense = dense_bytes(profile.geometry)
     return Plan(
         profile.key_mode,
         profile.sharing,
-        tuple(ranks),
+        layers,
         size,
         dense,
         (0.0,) * len(ranks),
@@ -307,7 +307,7 @@ def test_static_cache_equals_dynamic(low: PreTrainedModel, batch: tuple[Tensor, 
 
 def test_live_cache_bytes_equal_declared_bytes(case: Case, batch: tuple[Tensor, Tensor]) -> None:
     ids, mask = batch
-    for codec, number_bytes in (("16-bit", 2), ("native", 4)):
+    for codec in CODECS:
         for checkpoint in (case.low, case.full):
             orthokv.attach(case.model, checkpoint, codec=codec)
             try:
@@ -315,9 +315,9 @@ def test_live_cache_bytes_equal_declared_bytes(case: Case, batch: tuple[Tensor, 
             finally:
                 orthokv.detach(case.model)
             tokens = ids.shape[1] + 2  # the last token made is not cached
-            declared = checkpoint.declared_bytes(sequences=3, tokens=tokens, number_bytes=number_bytes)
+            declared = checkpoint.declared_bytes(sequences=3, tokens=tokens, codec=codec_spec(codec, 4))
             assert orthokv.cache_bytes(cache) == declared
-            if checkpoint.geometry.windows is None and number_bytes == 2:
+            if checkpoint.geometry.windows is None and codec == "16-bit":
                 assert declared == 3 * tokens * checkpoint.config["cache"]["bytes_per_token"]
 
 
@@ -400,7 +400,7 @@ def test_a_learned_fit_goes_from_text_to_a_measured_checkpoint(name: str, tmp_pa
     settings = FitSettings(
         "stiefel", "tied", key_modes(name)[0], num_samples=8, sequence_length=24, profile_samples=8, steps=20
     )
-    found = compress(source, TextSource(str(text)), Budget("kept", 0.5), tmp_path / "out", settings)
+    found = compress(source, TextSource(str(text)), Target(Budget("kept", 0.5)), tmp_path / "out", settings)
     blocks = prepare_blocks(source, TextSource(str(text)), settings)
     start = list(fit_layers(load_model(source), blocks, replace(settings, method="eigen", steps=None)))
     assert sum(map(middle_error, found.profile.layers)) < sum(map(middle_error, start))

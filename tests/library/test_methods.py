@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from orthokv.bases.basis import Bases, orthonormal
+from orthokv.bases.basis import Bases, PartialBases, orthonormal
 from orthokv.bases.manifold import RETRACTIONS, orthonormality_error
 from orthokv.fit.methods import METHODS, Eigen, FittedBases, Method, Oblique, Stiefel, Weighted, make_method
 from orthokv.fit.methods.base import descending_eigh, diagonal_groups, grouped_moment, query_moment
@@ -30,12 +30,12 @@ from orthokv.fit.methods.predictor import (
 )
 from orthokv.fit.methods.stiefel import Start
 from orthokv.fit.methods.weighted import value_weighting, whiten
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.task import LayerView, view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.pipeline import fit_layers
 from orthokv.runtime.seam import Seam
 from orthokv.spec.errors import InvalidModel, InvalidSetting
+from orthokv.spec.settings import FitSettings
 from orthokv.spec.sharing import group_width
 from orthokv.spec.vocabulary import GROUP_HEADS, KEY_MODES, KeyMode, Sharing
 from tests.support.tiny import ARCHITECTURES, FAMILIES, GROUPINGS, tiny_blocks, tiny_model
@@ -129,7 +129,7 @@ def test_at_full_rank_the_layer_is_unchanged(
 ) -> None:
     view = view_of(architecture, key_mode)
     fitted = method.fit(view, sharing, seed=0)
-    found = view.compare(Bases(fitted.key, fitted.value), list(range(view.blocks)))
+    found = view.compare(Bases(fitted.key, fitted.value), list(range(view.fitted_count)))
     assert found.error < 2e-4
     assert found.cosine == pytest.approx(1, abs=1e-6)
 
@@ -142,7 +142,8 @@ def test_a_wider_prefix_has_a_smaller_error(name: str, sharing: Sharing) -> None
     shares = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
     errors = [
         view.compare(
-            fitted.bases(int(s * fitted.key.width), int(s * fitted.value.width)), list(range(view.blocks))
+            fitted.bases(int(s * fitted.key.width), int(s * fitted.value.width)),
+            list(range(view.fitted_count)),
         ).error
         for s in shares
     ]
@@ -300,8 +301,8 @@ def test_the_error_of_a_view_is_that_of_the_layer_with_rebuilt_keys_and_values()
     view = view_of()
     fitted = Eigen().fit(view, "head", 0)
     bases = fitted.bases(4, 4)
-    loss = float(view.loss(bases, list(range(view.blocks))))
-    assert view.compare(bases, list(range(view.blocks))).error == pytest.approx(loss**0.5, rel=1e-5)
+    loss = float(view.loss(bases, list(range(view.fitted_count))))
+    assert view.compare(bases, list(range(view.fitted_count))).error == pytest.approx(loss**0.5, rel=1e-5)
     assert 0.01 < loss < 1
 
 
@@ -468,7 +469,7 @@ def errors_at(view: LayerView, fitted: FittedBases, shares: tuple[float, ...]) -
     return [
         view.compare(
             fitted.bases(*(max(1, int(share * b.width)) for b in (fitted.key, fitted.value))),
-            list(range(view.blocks)),
+            list(range(view.fitted_count)),
         ).error
         for share in shares
     ]
@@ -535,7 +536,7 @@ class Recording(LayerView):
 
 def recording(*, broken: bool = False) -> Recording:
     view = view_of()
-    found = Recording(view.index, view.walk, view.seam, view.blocks, view.moments, view.output_weight)
+    found = Recording(view.index, view.walk, view.seam, view.fitted_count, view.moments, view.output_weight)
     found.__dict__["broken"] = broken
     return found
 
@@ -578,8 +579,8 @@ def test_the_predictor_trains_keys_on_one_block_and_values_on_four_and_holds_blo
     assert {len(blocks) for blocks in trained["key"]} == {1}
     assert [len(blocks) for blocks in trained["value"]] == [4, 3] * 2  # 7 of 8 blocks, twice
     for blocks in trained.values():
-        assert set(itertools.chain(*blocks)) == set(range(view.blocks)) - held_out
-    assert held_out == {view.blocks - 1}
+        assert set(itertools.chain(*blocks)) == set(range(view.fitted_count)) - held_out
+    assert held_out == {view.fitted_count - 1}
 
 
 def test_the_predictor_fits_keys_and_values_independently() -> None:
@@ -594,7 +595,7 @@ def test_the_predictor_stops_early_and_keeps_its_best_point() -> None:
     view = view_of()
     epochs = 40
     fitted = fit_predictor(view, "head", 0, epochs=epochs)
-    held_out = [view.blocks - 1]
+    held_out = [view.fitted_count - 1]
     for side, basis in (("key", fitted.key), ("value", fitted.value)):
         history = fitted.history[f"validation_{side}"]
         best = history.index(min(history))
@@ -602,7 +603,7 @@ def test_the_predictor_stops_early_and_keeps_its_best_point() -> None:
         losses = []
         for share in (2, 4, 8):
             part = basis.truncate(basis.width // share)
-            bases = Bases(part, None) if side == "key" else Bases(None, part)
+            bases = PartialBases(part, None) if side == "key" else PartialBases(None, part)
             losses.append(float(view.loss(bases, held_out).log()))
         assert sum(losses) / 3 == pytest.approx(min(history), abs=1e-4)
         assert min(history) < history[0]

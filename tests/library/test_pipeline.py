@@ -16,15 +16,13 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 import orthokv
-from orthokv.bases.basis import Bases
+from orthokv.bases.basis import PartialBases
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import write_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.files.digests import verify_files
 from orthokv.fit.divergence import block_logits
-from orthokv.fit.methods import Eigen, Palu, Stiefel
 from orthokv.fit.sensitivity import sensitivities
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.task import LayerTask, view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.checkpoint import evaluate_checkpoint
@@ -45,8 +43,12 @@ from orthokv.spec.errors import (
     OrthoKVError,
     UnsupportedModel,
 )
+from orthokv.spec.footprint import dense_bytes
 from orthokv.spec.geometry import Geometry, check_key_mode
+from orthokv.spec.methods import EigenSettings, PaluSettings, StiefelSettings
 from orthokv.spec.progress import Step
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.target import Target
 from orthokv.spec.vocabulary import KEY_MODES
 from orthokv.text.source import TextMixture, TextSource
 from orthokv.text.written import self_text
@@ -402,10 +404,9 @@ def test_compress_goes_from_a_folder_and_text_to_a_measured_checkpoint(
     made = compress(
         resolve_model(str(folder(architecture))),
         text,
-        Budget("kept", 0.5),
+        Target(Budget("kept", 0.5), form="full"),
         tmp_path / "out",
         FitSettings(method="stiefel", steps=2, num_samples=8, sequence_length=16, profile_samples=1),
-        form="full",
         report=report,
     )
     verify_files(tmp_path / "out")
@@ -429,7 +430,7 @@ def test_compress_on_the_models_own_text_depends_on_the_seed_only(
     digests = []
     for i, seed in enumerate((0, 0, 1)):
         chosen = FitSettings(method="eigen", num_samples=2, sequence_length=8, profile_samples=1, seed=seed)
-        made = compress(source, TextSource("self"), Budget("kept", 0.5), tmp_path / str(i), chosen)
+        made = compress(source, TextSource("self"), Target(Budget("kept", 0.5)), tmp_path / str(i), chosen)
         digests.append(
             (made.profile.dataset["digest"], (tmp_path / str(i) / "orthokv.safetensors").read_bytes())
         )
@@ -459,7 +460,7 @@ def test_a_budget_that_cannot_be_met_leaves_nothing(
 ) -> None:
     source = resolve_model(str(folder()))
     with pytest.raises(BudgetUnreachable):
-        compress(source, text, Budget("kept", 0.0001), tmp_path / "deep" / "out", QUICK)
+        compress(source, text, Target(Budget("kept", 0.0001)), tmp_path / "deep" / "out", QUICK)
     assert not (tmp_path / "deep").exists()
 
 
@@ -504,7 +505,7 @@ def test_the_geometry_is_that_of_the_projections(architecture: str, kv_heads: in
     assert (geometry.kv_heads, geometry.head_dim) == (kv_heads, head_dim)
     rows = {p.shape[0] for n, p in tiny_model(architecture).named_parameters() if n.endswith("k_proj.weight")}
     assert rows == {geometry.kv_width}
-    assert geometry.dense_bytes_per_token == LAYERS * 2 * 2 * geometry.kv_width
+    assert dense_bytes(geometry) == LAYERS * 2 * 2 * geometry.kv_width
     assert Geometry.from_dict(geometry.to_dict()) == geometry
 
 
@@ -658,15 +659,17 @@ def test_methods_are_compared_at_equal_bytes_on_the_same_text(
 
 def test_a_choice_names_a_method_its_sharing_and_any_of_its_hyper_parameters() -> None:
     choice = MethodChoice.parse("stiefel:tied:predictor:epochs=5")
-    made = choice.settings(FitSettings("stiefel", steps=9, epochs=2)).make_method()
-    assert made == Stiefel(parameterisation="predictor", steps=9, epochs=5)
+    made = choice.settings(FitSettings("stiefel", steps=9, epochs=2)).method_settings
+    assert made == StiefelSettings(parameterisation="predictor", steps=9, epochs=5)
     assert str(choice) == "stiefel (predictor, epochs=5)"
     refined = MethodChoice.parse("weighted:joint:refine_steps=7").settings(FitSettings())
     assert (refined.method, refined.refine_steps) == ("weighted", 7)
-    assert MethodChoice.parse("eigen:head:statistics=kq").settings(FitSettings()).make_method() == Eigen("kq")
-    assert MethodChoice.parse("palu:head:whitened=false").settings(FitSettings()).make_method() == Palu(
-        whitened=False
-    )
+    assert MethodChoice.parse("eigen:head:statistics=kq").settings(
+        FitSettings()
+    ).method_settings == EigenSettings("kq")
+    assert MethodChoice.parse("palu:head:whitened=false").settings(
+        FitSettings()
+    ).method_settings == PaluSettings(whitened=False)
 
 
 @pytest.mark.parametrize(
@@ -724,13 +727,17 @@ def test_a_cache_filled_before_rope_without_bases_is_refused() -> None:
 def test_one_side_alone_can_be_compressed(side: str, profile: Callable[..., ErrorProfile]) -> None:
     """As a predictor does while it fits keys and values apart."""
     layer = profile().layers[0]
-    half = Bases(layer.key.truncate(8), None) if side == "key" else Bases(None, layer.value.truncate(8))
+    half = (
+        PartialBases(layer.key.truncate(8), None)
+        if side == "key"
+        else PartialBases(None, layer.value.truncate(8))
+    )
     model, block = tiny_model("llama"), tiny_tokens(1, 12)[0]
     dense = block_logits(model, block)
     with Seam(model, "pre") as seam:
         seam.set_bases(0, half)
         assert not torch.allclose(block_logits(model, block), dense, atol=1e-3)
-        seam.set_bases(0, Bases(None, None))
+        seam.set_bases(0, PartialBases(None, None))
         torch.testing.assert_close(block_logits(model, block), dense, rtol=1e-5, atol=1e-5)
 
 

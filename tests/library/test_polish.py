@@ -16,8 +16,7 @@ from orthokv.bases.basis import Basis
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import write_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
-from orthokv.fit.polish import polish, polish_steps
-from orthokv.fit.settings import FitSettings
+from orthokv.fit.polish import polish
 from orthokv.measure.quality import quality
 from orthokv.models.loading import load
 from orthokv.models.source import resolve_model
@@ -25,13 +24,16 @@ from orthokv.models.streaming import stream_model
 from orthokv.pipeline import compress, make_plan, polish_plan, prepare_blocks
 from orthokv.plan.allocate import allocate
 from orthokv.plan.bases import planned_bases
-from orthokv.plan.plan import Plan
+from orthokv.plan.plan import Plan, layer_plans
 from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.names import CONFIG
 from orthokv.spec.progress import Step
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.steps import polish_steps
+from orthokv.spec.target import Target
 from orthokv.text.blocks import Blocks
 from orthokv.text.source import TextSource
 from orthokv.text.written import self_text
@@ -99,7 +101,7 @@ def test_a_plan_is_polished_half_as_long_as_its_profile_was_refined_unless_told_
     refined: int, asked: int | None, expected: int, tmp_path: Path
 ) -> None:
     profile, plan, blocks = fitted(tmp_path, refine_steps=refined)
-    assert polish_steps(profile, KEPT, asked) == expected
+    assert polish_steps(refined, KEPT, asked) == expected
     polished = polish(tiny_model("llama"), profile, plan, blocks, asked)
     assert (polished is profile) is (expected == 0)
     assert polished.method.get("polish_steps", 0) == expected
@@ -132,14 +134,18 @@ def test_a_budget_on_layer_errors_has_the_bases_that_meet_it(tmp_path: Path) -> 
         polish(tiny_model("llama"), profile, plan, blocks, 4)
     with pytest.raises(InvalidSetting, match="a layer_error budget is not polished"):
         compress(
-            resolve_model(profile.model["id"]), TextSource("self"), budget, tmp_path / "out", polish_steps=4
+            resolve_model(profile.model["id"]),
+            TextSource("self"),
+            Target(budget, polish_steps=4),
+            tmp_path / "out",
         )
     assert not (tmp_path / "out").exists()
 
 
 def test_full_ranks_have_nothing_to_gain(tmp_path: Path) -> None:
     profile, plan, blocks = fitted(tmp_path)
-    plan = replace(plan, ranks=tuple((layer.key.rank, layer.value.rank) for layer in profile.layers))
+    full = [(layer.key.rank, layer.value.rank) for layer in profile.layers]
+    plan = replace(plan, layers=layer_plans(profile, full))
     assert polish(tiny_model("llama"), profile, plan, blocks, 4) is profile
 
 
@@ -151,11 +157,10 @@ def test_compress_writes_polished_bases(asked: int | None, tmp_path: Path) -> No
     made = compress(
         source,
         TextSource(str(tmp_path / "text.txt")),
-        KEPT,
+        Target(KEPT, polish_steps=asked),
         tmp_path / "out",
         settings,
         device="cpu",
-        polish_steps=asked,
     )
     assert made.checkpoint.config["method"]["polish_steps"] == (asked or 2)
     assert "polish_steps" not in ErrorProfile.load(tmp_path / "out").method
@@ -235,7 +240,9 @@ def test_a_polish_that_would_break_a_promise_is_not_taken(
 def test_a_refused_polish_leaves_no_checkpoint_and_reads_no_weights(tmp_path: Path) -> None:
     source = resolve_model(str(tiny_folder(tmp_path, "llama")))
     with pytest.raises(InvalidSetting, match="polish_steps must be a whole number"):
-        compress(source, TextSource("self"), KEPT, tmp_path / "out", device="nowhere", polish_steps=-1)
+        compress(
+            source, TextSource("self"), Target(KEPT, polish_steps=-1), tmp_path / "out", device="nowhere"
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -22,7 +22,6 @@ from orthokv.bases.basis import Bases
 from orthokv.fit.methods import Weighted
 from orthokv.fit.refine import Refinement, refine
 from orthokv.fit.sensitivity import separate_divergences
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.task import view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.checkpoint import evaluate_checkpoint
@@ -37,8 +36,11 @@ from orthokv.plan.bases import planned_bases
 from orthokv.plan.profile import ErrorProfile
 from orthokv.runtime.seam import Seam, compressed
 from orthokv.spec.budget import Budget
+from orthokv.spec.codec import codec_spec
 from orthokv.spec.errors import InvalidDataset, InvalidSetting
 from orthokv.spec.geometry import STATIC_ROPE, rope_types
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.target import Target
 from orthokv.text.blocks import Blocks, evenly, starts_over
 from orthokv.text.packing import load_blocks
 from orthokv.text.source import TextMixture, TextSource
@@ -265,7 +267,9 @@ def textbook(
 def test_quality_and_sensitivity_are_those_at_the_blocks_own_positions(profile: ErrorProfile) -> None:
     model, places = tiny_model("llama"), [0, 200, 77, 200]
     blocks = tiny_blocks(4, 16, seed=7).placed(places)
-    bases = planned_bases(model, profile, allocate(profile, Budget("kept", 0.4)), codec="native")
+    bases = planned_bases(
+        model, profile, allocate(profile, Budget("kept", 0.4), codec=codec_spec("native", 4))
+    )
     with Seam(model, "post") as seam:
         found = quality(seam, bases, blocks)
         separate = separate_divergences(seam, bases, blocks)
@@ -341,7 +345,7 @@ def test_a_checkpoint_says_which_positions_it_was_calibrated_on(
 ) -> None:
     source = resolve_model(str(tiny_folder(tmp_path, "llama")))
     chosen = FitSettings(**{**POST, **settings}, refine_steps=2, profile_samples=1)
-    made = compress(source, text, Budget("kept", 0.5), tmp_path / "out", chosen)
+    made = compress(source, text, Target(Budget("kept", 0.5)), tmp_path / "out", chosen)
     config = made.checkpoint.config
     assert config["calibrated_positions"] == config["dataset"]["positions"] == positions
     assert made.measured["dataset"]["starts"] == starts  # of the two held-out blocks
@@ -458,7 +462,7 @@ def test_a_setting_that_would_have_no_effect_or_cannot_be_is_refused(
             compress(
                 source,
                 text,
-                Budget("kept", 0.5),
+                Target(Budget("kept", 0.5)),
                 tmp_path / "out",
                 FitSettings(**POST, positions=positions),
             )

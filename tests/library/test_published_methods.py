@@ -108,7 +108,7 @@ def test_whitened_palu_is_eigen_where_keys_are_linear_in_the_input(
         for rank in (1, ours.width // 2):
             for p, q in zip(ours.truncate(rank).encoder, other.truncate(rank).encoder, strict=True):
                 assert span_error(p.double(), q.double()) < 1e-3
-    blocks = list(range(view.blocks))
+    blocks = list(range(view.fitted_count))
     for rank in (3, 6):
         found = [view.compare(fitted.bases(rank, rank), blocks).error for fitted in (palu, eigen)]
         assert found[0] == pytest.approx(found[1], rel=1e-3)

@@ -20,15 +20,15 @@ def test_ranks_are_multiples_within_what_was_measured(width: int, multiple: int)
         with pytest.raises(InvalidSetting, match=f"multiple of {multiple} .* width {width}"):
             RankGrid(multiple).ranks(measured)
         return
-    ranks = RankGrid(multiple).ranks(measured).tolist()
+    ranks = RankGrid(multiple).ranks(measured)
     assert ranks == sorted(set(ranks))
     assert all(measured[0] <= r <= width and r % multiple == 0 for r in ranks)
     assert ranks[-1] == width // multiple * multiple or multiple < width / 32
 
 
 def test_a_short_list_is_taken_as_it_is_and_combined_with_a_multiple() -> None:
-    assert RankGrid(choices=(200, 96, 32, 2)).ranks(candidate_ranks(192)).tolist() == [32, 96]
-    assert RankGrid(64, (32, 64, 100, 128)).ranks(candidate_ranks(192)).tolist() == [64, 128]
+    assert RankGrid(choices=(200, 96, 32, 2)).ranks(candidate_ranks(192)) == (32, 96)
+    assert RankGrid(64, (32, 64, 100, 128)).ranks(candidate_ranks(192)) == (64, 128)
 
 
 @pytest.mark.parametrize(

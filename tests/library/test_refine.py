@@ -13,7 +13,6 @@ import torch
 from orthokv.bases.manifold import orthonormality_error
 from orthokv.compare import MethodChoice
 from orthokv.fit.refine import Refinement, _Teacher, refine
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.task import view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.quality import quality
@@ -23,6 +22,7 @@ from orthokv.plan.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.settings import FitSettings
 from orthokv.text.blocks import Blocks
 from orthokv.text.written import self_text
 from tests.support.tiny import tiny_blocks, tiny_folder, tiny_model, tiny_profile
@@ -151,13 +151,12 @@ def test_a_refined_profile_holds_errors_measured_on_its_own_bases(tmp_path: Path
 
 @pytest.mark.parametrize(
     ("method", "steps", "expected"),
-    [("oblique", None, 400), ("eigen", None, None), ("eigen", 7, 7), ("oblique", 0, None)],
+    [("oblique", None, 400), ("eigen", None, 0), ("eigen", 7, 7), ("oblique", 0, 0)],
 )
 def test_steps_are_the_methods_own_unless_told_otherwise(
-    method: str, steps: int | None, expected: int | None
+    method: str, steps: int | None, expected: int
 ) -> None:
-    refinement = FitSettings(method=method, refine_steps=steps).refinement
-    assert (None if refinement is None else refinement.steps) == expected
+    assert FitSettings(method=method, refine_steps=steps).refinement_steps == expected
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

@@ -35,6 +35,7 @@ from orthokv.show.results import ComparisonRow
 from orthokv.show.tables import comparison_markdown, comparison_table, plan_table, profile_table
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.footprint import dense_bytes
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.rankgrid import candidate_ranks
 from orthokv.spec.sharing import group_width
@@ -461,7 +462,7 @@ def test_the_best_split_has_the_least_error_of_its_cache_size(
     for dot, kept in zip(dots, (0.25, 0.5), strict=True):
         value, key = float(dot.get_xdata()[0]), float(dot.get_ydata()[0])
         assert value + key == pytest.approx(2 * kept)
-        plan = plan_of(profile, kept + 4 / profile.geometry.dense_bytes_per_token)
+        plan = plan_of(profile, kept + 4 / dense_bytes(profile.geometry))
         width = profile.layers[0].key.width
         assert (key, value) == pytest.approx([rank / width for rank in plan.ranks[0]], abs=1.5 / 32)
 

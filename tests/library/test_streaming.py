@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.make_model import write_model
 from orthokv.cli import main
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.checkpoint import evaluate_checkpoint
 from orthokv.models.fingerprint import matches, weight_fingerprints
@@ -31,6 +30,8 @@ from orthokv.pipeline import Compressed, build_profile, compress, fit_layers, pr
 from orthokv.serving.attach import attach, detach
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidModel, InvalidSetting, StorageError
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.target import Target
 from orthokv.text.source import TextSource
 from tests.support.tiny import (
     ARCHITECTURES,
@@ -107,7 +108,14 @@ def test_a_streamed_model_is_bit_for_bit_the_whole_one(
 
 
 def compressed(source: ModelSource, out: Path, text: TextSource, **given: Any) -> Compressed:
-    return compress(source, text, given.pop("budget", Budget("kept", 0.4)), out, QUICK, **given)
+    return compress(
+        source,
+        text,
+        Target(given.pop("budget", Budget("kept", 0.4)), polish_steps=given.pop("polish_steps", None)),
+        out,
+        QUICK,
+        **given,
+    )
 
 
 @pytest.fixture

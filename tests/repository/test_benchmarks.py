@@ -13,8 +13,8 @@ import torch
 from benchmarks import ablation, quality, report
 from benchmarks.bench import Bench, Results, named_files, need_shared
 from orthokv.compare import MethodChoice
-from orthokv.fit.settings import FitSettings
 from orthokv.show.results import ComparisonRow
+from orthokv.spec.settings import FitSettings
 from tests.library.test_results import ROW
 from tests.support.tiny import tiny_folder, tiny_profile, tiny_text
 

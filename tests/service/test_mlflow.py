@@ -15,7 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from orthokv.client import OrthoKV
+from orthokv_client import OrthoKV
 from tests.support.factories import LAYERS, Script, job_body
 from tests.support.mlflow_server import Cut, Tracking, mlflow_url, tags
 from tests.support.orthokv_server import Server, until

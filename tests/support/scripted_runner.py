@@ -230,7 +230,7 @@ def take_time() -> None:
 
 def content(name: str) -> bytes:
     """What a file holds depends on the job's request alone, as with the real runner."""
-    kept = json.dumps([name, REQUEST["settings"]["seed"], REQUEST["budget"]], sort_keys=True)
+    kept = json.dumps([name, REQUEST["settings"]["seed"], REQUEST["target"]["budget"]], sort_keys=True)
     return (kept * 200).encode()
 
 
@@ -251,7 +251,7 @@ def run_step() -> dict[str, Any]:
         make("orthokv.safetensors", content("bases"))
         make("README.md", b"# not measured yet\n", "text/markdown; charset=utf-8")
         make("SHA256SUMS", b"first\n", "text/plain")
-        return {"plan": {"kept": REQUEST["budget"]["value"], "ranks": [1] * SCRIPT["layers"]}}
+        return {"plan": {"kept": REQUEST["target"]["budget"]["value"], "ranks": [1] * SCRIPT["layers"]}}
     make("orthokv.json", b'{"measured": {}}', "application/json")
     make("README.md", b"# measured\n", "text/markdown; charset=utf-8")
     make("SHA256SUMS", b"second\n", "text/plain")

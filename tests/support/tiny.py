@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from orthokv.fit.settings import FitSettings
 from orthokv.models.architectures import ARCHITECTURES as REGISTRY
 from orthokv.models.source import load_model, resolve_model
 from orthokv.pipeline import build_profile, fit_layers
 from orthokv.plan.profile import ErrorProfile
+from orthokv.spec.settings import FitSettings
 from orthokv.spec.vocabulary import Sharing
 from orthokv.text.blocks import Blocks
 

@@ -17,7 +17,7 @@ from app.auth.exposure import is_loopback
 from app.infra.ids import new_id
 from app.infra.keys import generate, key_id_of
 from app.projects.cli import keys
-from orthokv.client.cli import jobs
+from orthokv_client.cli import jobs
 from tests.service.cli.test_cli import serve
 from tests.support.factories import Script, job_body
 from tests.support.orthokv_server import Server

@@ -17,10 +17,10 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from app.jobs.vocabulary import JobErrorCode
-from orthokv.client.cli import OURS, _exit_code, jobs
-from orthokv.client.models import Job, JobError, JobProgress
-from orthokv.client.partfile import PartFile
-from orthokv.client.watch import show
+from orthokv_client.cli import _exit_code, jobs
+from orthokv_client.models import Job, JobError, JobProgress
+from orthokv_client.partfile import PartFile
+from orthokv_client.watch import show
 from tests.support.factories import Script
 from tests.support.orthokv_server import Server, until
 from tests.support.paths import DEMO, REPOSITORY, SCRIPTED_RUNNER
@@ -151,10 +151,11 @@ def test_dataset_files_are_uploaded_and_mixed(server: Server, script: Script, tm
     assert (first["format"], first["field"]) == ("jsonl", "body")
     assert (second["format"], Path(second["source"]).name) == ("text", "dataset-1.text")
     assert third["source"] == "self"
-    assert (request["settings"]["refine_steps"], request["rank_multiple"]) == (3, 16)
-    assert request["polish_steps"] == 0
+    target = request["target"]
+    assert (request["settings"]["refine_steps"], target["grid"]["multiple"]) == (3, 16)
+    assert target["polish_steps"] == 0
     assert (request["settings"]["key_mode"], request["settings"]["positions"]) == ("post", 4096)
-    assert (request["budget"], request["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
+    assert (target["budget"], target["form"]) == ({"metric": "layer_error", "value": 0.1}, "full")
 
 
 def test_a_local_model_is_sent_as_an_absolute_folder(server: Server, script: Script, tmp_path: Path) -> None:
@@ -184,7 +185,14 @@ def test_only_failures_that_are_not_the_inputs_are_exit_code_1() -> None:
     rest = {"message": "", "retryable": False, "phase": "", "layer": None, "attempt": 1, "best": None}
     errors = {code: JobError.model_validate({"code": code.value, **rest}) for code in JobErrorCode}
     codes = {code: _exit_code(error) for code, error in errors.items()}
-    assert {code.value for code, exit_code in codes.items() if exit_code == 1} == OURS
+    assert {code.value for code, exit_code in codes.items() if exit_code == 1} == {
+        "storage_error",
+        "out_of_memory",
+        "step_timeout",
+        "time_limit_exceeded",
+        "worker_lost",
+        "internal",
+    }
     assert codes[JobErrorCode.BUDGET_UNREACHABLE] == 3
 
 
@@ -283,10 +291,12 @@ def end(server: Server, job_id: str) -> None:
 def python_examples(document: str) -> list[str]:
     text = (REPOSITORY / document).read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    return [block for block in blocks if "orthokv.client" in block]
+    return [block for block in blocks if "orthokv_client" in block]
 
 
-@pytest.mark.parametrize(("document", "examples"), [("docs/service.md", 2), ("README.md", 1)])
+@pytest.mark.parametrize(
+    ("document", "examples"), [("docs/service.md", 2), ("README.md", 1), ("clients/python/README.md", 1)]
+)
 def test_the_documents_examples_run_as_they_stand(
     server: Server, tmp_path: Path, document: str, examples: int
 ) -> None:

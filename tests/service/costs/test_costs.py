@@ -149,8 +149,7 @@ class TestWork:
         self, method: dict[str, Any], polish: int | None, expected: int
     ) -> None:
         body = job_body(model=LOCAL, dataset={"source": "self"}, method=method, polish_steps=polish)
-        spec = JobCreate.model_validate(body).model_dump(mode="json")
-        assert Asked.of_spec(spec).polish_steps == expected
+        assert Asked.of(JobCreate.model_validate(body)).polish_steps == expected
 
 
 class TestPriors:

@@ -178,7 +178,7 @@ def python(missing: list[str], then: str, **environment: str) -> subprocess.Comp
 
 
 def test_the_api_needs_neither_torch_nor_celery() -> None:
-    missing = ["torch", "transformers", "orthokv", "celery", "kombu", "redis"]
+    missing = ["torch", "transformers", "safetensors", "celery", "kombu", "redis"]
     done = python(missing, "create_app(Settings()); from app import embedded")
     assert done.returncode == 0, done.stderr
 

@@ -14,10 +14,13 @@ from app.infra.ids import new_id
 from app.infra.keys import generate
 from app.jobs.vocabulary import StepName
 from app.settings import Settings
+from orthokv.spec.budget import Budget
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.target import Target
 from tests.support.paths import REPOSITORY
 from workers.child import MAX_SAID_CHARACTERS, MAX_SAID_LINES, Child
 from workers.limits import Limits
-from workers.protocol import Budget, ModelRef, Request, RunSettings
+from workers.protocol import ModelRef, Request
 
 
 def logged(code: str, *arguments: str) -> list[dict[str, Any]]:
@@ -60,33 +63,18 @@ def test_no_line_holds_a_key(code: str) -> None:
 
 def said(program: str, folder: Path) -> list[str]:
     """The lines that are passed on of what a child writes to stderr."""
-    run = RunSettings(
-        method="oblique",
-        sharing="joint",
-        key_mode="pre",
-        parameterisation="direct",
-        num_samples=1,
-        sequence_length=1,
-        positions=None,
-        seed=0,
-        steps=None,
-        refine_steps=None,
-        device="cpu",
-        spill=False,
-    )
     request = Request(
         step="fit",
         job_id="job_1",
         workdir=str(folder),
         model=ModelRef(id="m", revision=None),
         dataset=[],
-        settings=run,
-        budget=Budget(metric="kept", value=0.5),
-        form="adapter",
-        rank_multiple=1,
-        polish_steps=None,
+        settings=FitSettings(),
+        target=Target(Budget("kept", 0.5)),
         layers=[],
         inputs={},
+        device="cpu",
+        spill=False,
     )
     lines: list[str] = []
     child = Child(

@@ -229,8 +229,9 @@ def test_a_profile_outlives_a_budget_that_cannot_be_met(
     assert job.status == JobStatus.SUCCEEDED
     assert len(script.runs("fit")) == 1, "another budget fits nothing"
     package, evaluate = script.runs("package")[-1]["request"], script.runs("evaluate")[-1]["request"]
-    assert package["budget"] == {"metric": "kept", "value": 0.5}
-    assert (package["rank_multiple"], package["polish_steps"]) == (16, 7)
+    target = package["target"]
+    assert target["budget"] == {"metric": "kept", "value": 0.5}
+    assert (target["grid"]["multiple"], target["polish_steps"]) == (16, 7)
     assert sorted(evaluate["inputs"]) == [
         "README.md",
         "SHA256SUMS",
