@@ -15,6 +15,7 @@ import app.checkpoints.routes
 import app.costs.routes
 import app.datasets.routes
 import app.events.routes
+import app.http.docs
 import app.http.health
 import app.jobs.routes
 import app.profiles.routes
@@ -78,6 +79,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=API_VERSION,
         description=DESCRIPTION,
         lifespan=_lifespan,
+        docs_url=None,  # ours: app.http.docs
+        openapi_url=None,
         redoc_url=None,
         redirect_slashes=False,
         # Spans of requests, where `tracing.configure` has set up an exporter; metrics and logs are our own.
@@ -117,6 +120,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.audit.routes.router,
         app.webhooks.routes.router,
         app.http.health.router,
+        app.http.docs.router,
     ):
         api.include_router(router)
     describe(api)
