@@ -33,8 +33,8 @@ Item = TypeVar("Item", bound=Model)
 class AsyncOrthoKV:
     """One server: `async with AsyncOrthoKV(url) as client: ...`.
 
-    `url` is that of ORTHOKV_URL by default, and `api_key` that of ORTHOKV_API_KEY. `timeout_seconds` bounds connecting, sending
-    and every wait for bytes. All calls raise `ApiError` (a class of it for each kind of problem), `Unreachable` and
+    `url` is that of ORTHOKV_URL by default, and `api_key` that of ORTHOKV_API_KEY; a server of the same user on the loopback
+    needs none. `timeout_seconds` bounds connecting, sending and every wait for bytes. All calls raise `ApiError` (a class of it for each kind of problem), `Unreachable` and
     `UnexpectedAnswer`.
     """
 

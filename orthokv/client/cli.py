@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from orthokv.client import models
-from orthokv.client.errors import ApiError, ClientError
+from orthokv.client.errors import ApiError, ClientError, TokenUnreadable
 from orthokv.client.protocol import DEFAULT_URL, Retry, is_api_key
 from orthokv.client.synchronous import OrthoKV
 from orthokv.client.watch import DownloadBar, estimated, show, summary
@@ -107,7 +107,7 @@ def connected(url: str, key_file: Path | None) -> Iterator[OrthoKV]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise _stop(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", BAD_INPUT) from error
-    except ValueError as error:
+    except (ValueError, TokenUnreadable) as error:
         raise _stop(str(error), BAD_INPUT) from error
     except (ClientError, OSError) as error:
         raise _stop(str(error), FAILED) from error
