@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from orthokv.client import AsyncOrthoKV, OrthoKV
+from tests.service.tenants import TOKEN
 
 
 class Driven:
@@ -45,8 +46,10 @@ class Clients:
         self._loop = asyncio.new_event_loop()
         self._made: list[Any] = []
 
-    def __call__(self, url: str, **more: Any) -> Any:
+    def __call__(self, url: str, *, api_key: str | None = TOKEN, **more: Any) -> Any:
+        """A client of the owner, unless it has a key."""
         made: Any
+        more["api_key"] = api_key
         if self._kind == "async":
 
             async def make() -> AsyncOrthoKV:
