@@ -25,7 +25,6 @@ from orthokv.allocate import allocate
 from orthokv.budget import Budget
 from orthokv.checkpoint import read_checkpoint
 from orthokv.cli import TABLE_COLUMNS
-from orthokv.client import OrthoKV
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.dataset import TextSource, self_text
 from orthokv.pipeline import FitSettings, evaluate_checkpoint, load, prepare_blocks
@@ -34,6 +33,7 @@ from orthokv.profile import ErrorProfile
 from orthokv.results import ComparisonRow
 from orthokv.source import load_tokenizer, resolve_model
 from orthokv.tables import comparison_table
+from orthokv_client import OrthoKV
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

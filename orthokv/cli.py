@@ -33,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+# On no index: installed from a folder of the repository.
+_CLIENT = "orthokv_client"
 # Off a terminal (a pipe, a log) rich would cut tables at 80 columns; the widest has this many.
 TABLE_COLUMNS = 140
 out_console = Console(width=None if sys.stdout.isatty() else TABLE_COLUMNS)
@@ -631,33 +633,35 @@ def _print_quality(measured: dict[str, Any]) -> None:
 
 
 def _add_commands() -> None:
-    """Commands of installed packages (the service adds ``serve`` and ``jobs``); the library itself imports none of them."""
-    for entry in entry_points(group="orthokv.commands"):
+    """Commands of installed packages (the service adds `serve`, its client `jobs`); the library itself imports none of them."""
+    entries = entry_points(group="orthokv.commands")
+    for entry in entries:
         try:
             command = entry.load()
         except ModuleNotFoundError as error:
-            missing = error.name
             # The library may be installed without the service's extras: say so when the command is used.
-            extra = "client" if entry.module.startswith("orthokv.client") else "server"
-            app.command(entry.name, help=f"Needs the extra orthokv[{extra}] ({missing} is not installed).")(
-                _unavailable(entry.name, extra, missing)
-            )
+            _add_unavailable(entry.name, str(error.name).partition(".")[0])
             continue
         if isinstance(command, typer.Typer):
             app.add_typer(command, name=entry.name)
         else:
             app.command(entry.name)(command)
+    if "jobs" not in entries.names:
+        _add_unavailable("jobs", _CLIENT)
 
 
-def _unavailable(name: str, extra: str, missing: str | None) -> Any:
+def _add_unavailable(name: str, missing: str) -> None:
+    install = "./clients/python" if missing == _CLIENT else "'orthokv[server]'"
+
     def command() -> None:
         from orthokv.errors import InvalidSetting
 
-        raise InvalidSetting(
-            f"'orthokv {name}' needs pip install 'orthokv[{extra}]' ({missing} is not installed)"
-        )
+        raise InvalidSetting(f"'orthokv {name}' needs pip install {install} ({missing} is not installed)")
 
-    return command
+    # Whatever it was given: the answer is the same.
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+    about = f"Needs pip install {install} ({missing} is not installed)."
+    app.command(name, help=about, context_settings=anything)(command)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from app.infra.ids import id_pattern
 from app.jobs.models import Job as JobRow
 from app.jobs.models import Step as StepRow
-from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobKind, JobStatus, StepStatus
+from app.jobs.vocabulary import INPUT_FAULTS, TERMINAL, JobErrorCode, JobKind, JobStatus, StepStatus
 from app.schemas import Body, Budget, Form, Metadata, PolishSteps, RankMultiple, Resource, refuse_polish
 from app.settings import DEFAULT_GPU_CLASS, GpuClass
 
@@ -182,7 +182,7 @@ class JobProgress(Resource):
 class JobError(Resource):
     """Why a job failed. `best` is the closest that a budget out of reach can be met."""
 
-    code: JobErrorCode
+    code: JobErrorCode = Field(json_schema_extra={"x-input-faults": [*sorted(INPUT_FAULTS)]})
     message: str
     retryable: bool
     phase: str
@@ -224,7 +224,7 @@ class Job(Resource):
     object: Literal["job"] = "job"
     id: str
     kind: JobKind
-    status: JobStatus
+    status: JobStatus = Field(json_schema_extra={"x-ended": [*sorted(TERMINAL)]})
     phase: str = Field(description="An open vocabulary: tolerate phases you do not know.")
     version: int = Field(description="Rises with every change; `?wait=&if_version=` waits for the next one.")
     attempt: int

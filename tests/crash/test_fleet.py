@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app.migrate import upgrade
-from orthokv.client.cli import jobs
+from orthokv_client.cli import jobs
 from tests.crash.test_scripted import RUNNER, digests
 from tests.fleet import Api, Worker
 from tests.postgres import postgres_url

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from orthokv.client import AsyncOrthoKV, OrthoKV
+from orthokv_client import AsyncOrthoKV, OrthoKV
 from tests.service.tenants import TOKEN
 
 

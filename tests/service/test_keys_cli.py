@@ -17,7 +17,7 @@ from app.auth.cli import keys
 from app.auth.exposure import is_loopback
 from app.auth.keys import generate, key_id_of
 from app.infra.ids import new_id
-from orthokv.client.cli import jobs
+from orthokv_client.cli import jobs
 from tests.server import REPOSITORY, Server
 from tests.service.factories import Script, job_body
 from tests.service.tenants import bearer

@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from orthokv.client import OrthoKV
+from orthokv_client import OrthoKV
 from tests.mlflow_server import Cut, Tracking, mlflow_url, tags
 from tests.server import REPOSITORY, Server, until
 from tests.service.factories import LAYERS, Script, job_body

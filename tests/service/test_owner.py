@@ -24,9 +24,9 @@ from app.infra.database import SyncDatabase
 from app.main import create_app
 from app.server import bound
 from app.settings import Settings
-from orthokv.client import OrthoKV, TokenUnreadable, Unauthenticated
-from orthokv.client.cli import jobs
-from orthokv.client.own_token import _folder, own_token
+from orthokv_client import OrthoKV, TokenUnreadable, Unauthenticated
+from orthokv_client.cli import jobs
+from orthokv_client.own_token import _folder, own_token
 from tests.server import REPOSITORY, Server
 from tests.service.factories import job_body
 from tests.service.serving import serving

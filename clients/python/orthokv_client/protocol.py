@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 import httpx2
 from pydantic import ValidationError
 
-from orthokv.client.base import Model
-from orthokv.client.errors import ApiError, UnexpectedAnswer, Unreachable, error_class
-from orthokv.client.models import FieldProblem
-from orthokv.client.own_token import own_token
+from orthokv_client.base import Model
+from orthokv_client.errors import ApiError, UnexpectedAnswer, Unreachable, error_class
+from orthokv_client.models import FieldProblem
+from orthokv_client.own_token import own_token
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from orthokv.client.errors import TokenUnreadable
+from orthokv_client.errors import TokenUnreadable
 
 _TOKEN = re.compile(r"okv_local_[0-9A-Za-z]+_[0-9A-Za-z]+", re.ASCII)
 # Both addresses that a name may stand for: another user may have the one that the server has not.

@@ -1,6 +1,6 @@
 """The Python client of a running OrthoKV service, synchronous and asynchronous::
 
-    from orthokv.client import OrthoKV
+    from orthokv_client import OrthoKV
 
     with OrthoKV("http://127.0.0.1:8000") as client:
         dataset = client.datasets.upload("calibration.jsonl")
@@ -12,15 +12,15 @@
         job = client.jobs.wait(job.id)
         client.checkpoints.download(job.result.checkpoint_id, "checkpoint")
 
-Every body is typed (`orthokv.client.models`, made from the OpenAPI document). It needs the extra `orthokv[client]`, and
-neither torch nor the server's packages are loaded.
+Every body is typed (`orthokv_client.models`, made from the OpenAPI document). Neither torch, nor the library, nor the
+server's packages are needed.
 """
 
 from __future__ import annotations
 
-from orthokv.client import models
-from orthokv.client.asynchronous import AsyncOrthoKV
-from orthokv.client.errors import (
+from orthokv_client import models
+from orthokv_client.asynchronous import AsyncOrthoKV
+from orthokv_client.errors import (
     ApiError,
     ClientError,
     Conflict,
@@ -38,8 +38,10 @@ from orthokv.client.errors import (
     UnexpectedAnswer,
     Unreachable,
 )
-from orthokv.client.protocol import Retry
-from orthokv.client.synchronous import OrthoKV
+from orthokv_client.protocol import Retry
+from orthokv_client.synchronous import OrthoKV
+
+__version__ = "0.1.0"
 
 __all__ = [
     "ApiError",

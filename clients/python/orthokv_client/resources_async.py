@@ -6,18 +6,17 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from orthokv.client import models
-from orthokv.client.download import CONNECTIONS, Progress
-from orthokv.client.protocol import LONGEST_WAIT_SECONDS, PATIENT, Call, creation, dumped, parsed
+from orthokv_client import models
+from orthokv_client.download import CONNECTIONS, Progress
+from orthokv_client.protocol import LONGEST_WAIT_SECONDS, PATIENT, Call, creation, dumped, parsed
+from orthokv_client.words import ENDED, DatasetFormat, DeliveryStatus, JobStatus, Order
 
 if TYPE_CHECKING:
-    from orthokv.client.asynchronous import AsyncOrthoKV
+    from orthokv_client.asynchronous import AsyncOrthoKV
 
-Order = Literal["asc", "desc"]
 Paths = list[Path]  # in a class with a method `list` this name cannot be spelled
-ENDED = ("succeeded", "failed", "cancelled")
 
 
 class AsyncJobs:
@@ -50,7 +49,7 @@ class AsyncJobs:
     def list(
         self,
         *,
-        status: str | None = None,
+        status: JobStatus | None = None,
         model: str | None = None,
         metadata: Mapping[str, str] | None = None,
         order: Order = "desc",
@@ -121,7 +120,7 @@ class AsyncDatasets:
         self._client = client
 
     async def upload(
-        self, path: Path | str, *, filename: str | None = None, format: str | None = None
+        self, path: Path | str, *, filename: str | None = None, format: DatasetFormat | None = None
     ) -> models.Dataset:
         """Announce a file, send it and confirm it by its digest: a dataset that jobs can name. Raises `OSError`."""
         path = Path(path)
@@ -357,7 +356,7 @@ class AsyncWebhookEndpoints:
         await self._client.send(Call("DELETE", f"/v1/webhook_endpoints/{endpoint_id}"))
 
     def deliveries(
-        self, endpoint_id: str, *, status: str | None = None, order: Order = "desc"
+        self, endpoint_id: str, *, status: DeliveryStatus | None = None, order: Order = "desc"
     ) -> AsyncIterator[models.WebhookDelivery]:
         """What was sent to an endpoint, or is to be, newest first."""
         path = f"/v1/webhook_endpoints/{endpoint_id}/deliveries"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import httpx2
 
-from orthokv.client.errors import ApiError, StoreRefused, UnexpectedAnswer, Unreachable
-from orthokv.client.models import Artifact
-from orthokv.client.partfile import PartFile
-from orthokv.client.protocol import PATIENT, Settings, problem
+from orthokv_client.errors import ApiError, StoreRefused, UnexpectedAnswer, Unreachable
+from orthokv_client.models import Artifact
+from orthokv_client.partfile import PartFile
+from orthokv_client.protocol import PATIENT, Settings, problem
 
 CONNECTIONS = 4
 Progress = Callable[[Artifact, int], None]

@@ -25,7 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.infra.database import SyncDatabase
 from app.settings import Settings
-from orthokv.client import (
+from orthokv_client import (
     AsyncOrthoKV,
     DigestMismatch,
     DownloadInUse,
@@ -37,8 +37,8 @@ from orthokv.client import (
     Unreachable,
     partfile,
 )
-from orthokv.client.models import Artifact
-from orthokv.client.partfile import PartFile
+from orthokv_client.models import Artifact
+from orthokv_client.partfile import PartFile
 from tests.server import REPOSITORY
 from tests.service.cutting import cutting
 from tests.service.driven import Clients
@@ -54,7 +54,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many segments of a small file, and no long pauses."""
     monkeypatch.setattr(partfile, "SEGMENT_BYTES", SEGMENT)
     monkeypatch.setattr(partfile, "COUNT_EVERY_BYTES", 50_000)
-    monkeypatch.setattr("orthokv.client.download.PATIENT", Retry(attempts=6, first_seconds=0.01))
+    monkeypatch.setattr("orthokv_client.download.PATIENT", Retry(attempts=6, first_seconds=0.01))
 
 
 @pytest.fixture(params=["local", "bucket", "signed"])
@@ -151,7 +151,7 @@ def test_a_server_that_stays_away_leaves_what_came(
 KILLED = """
 import os, signal, sys, threading
 from pathlib import Path
-from orthokv.client import OrthoKV, partfile
+from orthokv_client import OrthoKV, partfile
 partfile.SEGMENT_BYTES, partfile.COUNT_EVERY_BYTES = {segment}, 50_000
 left = int(sys.argv[4])
 write, counting = os.pwrite, threading.Lock()

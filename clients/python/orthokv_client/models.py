@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, ConfigDict, Field, StringConstraints
 
-from orthokv.client.base import Model
+from orthokv_client.base import Model
 
 
 class Artifact(Model):

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.infra.database import SyncDatabase
 from app.settings import Settings
-from orthokv.client import (
+from orthokv_client import (
     Conflict,
     InvalidRequest,
     NotFound,
@@ -318,7 +318,7 @@ class TestKeys:
 def test_the_client_needs_neither_torch_nor_the_server_and_starts_at_once() -> None:
     code = """
 import resource, sys
-import orthokv.client
+import orthokv_client
 heavy = {"torch", "transformers", "numpy", "fastapi", "starlette", "sqlalchemy", "app", "workers"} & set(sys.modules)
 usage = resource.getrusage(resource.RUSAGE_SELF)
 print(sorted(heavy), usage.ru_utime + usage.ru_stime)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from orthokv.client.errors import DigestMismatch, DownloadInUse, NotEnoughSpace
+from orthokv_client.errors import DigestMismatch, DownloadInUse, NotEnoughSpace
 
 SEGMENT_BYTES = 64 << 20
 COUNT_EVERY_BYTES = 1 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orthokv.client.models import FieldProblem
+from orthokv_client.models import FieldProblem
 
 
 class ClientError(Exception):

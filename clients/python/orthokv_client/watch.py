@@ -17,7 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from orthokv.client.models import Artifact, Estimate, Job
+from orthokv_client.models import Artifact, Estimate, Job
 
 
 def show(jobs: Iterable[Job], console: Console) -> Job:

@@ -1,4 +1,4 @@
-"""`orthokv jobs ...`: the service from a terminal.
+"""`orthokv-client ...`, and `orthokv jobs ...` beside the library: the service from a terminal.
 
 Exit codes: 0 done, 2 bad input (also when a job's model, dataset or settings turned out to be so), 3 budget unreachable,
 1 anything else.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,20 +19,41 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from orthokv.client import models
-from orthokv.client.errors import ApiError, ClientError, TokenUnreadable
-from orthokv.client.protocol import DEFAULT_URL, Retry, is_api_key
-from orthokv.client.synchronous import OrthoKV
-from orthokv.client.watch import DownloadBar, estimated, show, summary
+# Typer carries its own click and exports its errors only in part.
+from typer._click.exceptions import ClickException, NoArgsIsHelpError
+
+from orthokv_client import models
+from orthokv_client.base import Model
+from orthokv_client.errors import ApiError, ClientError, TokenUnreadable
+from orthokv_client.protocol import DEFAULT_URL, Retry, is_api_key
+from orthokv_client.synchronous import OrthoKV
+from orthokv_client.watch import DownloadBar, estimated, show, summary
+from orthokv_client.words import (
+    HELP,
+    INPUT_FAULTS,
+    DatasetFormat,
+    Form,
+    JobStatus,
+    KeyMode,
+    MethodType,
+    Parameterisation,
+    Sharing,
+)
+
+
+def _default(model: type[Model], field: str) -> Any:
+    """What the service takes where a body leaves this out."""
+    return model.model_fields[field].default
+
 
 FAILED, BAD_INPUT, BUDGET_UNREACHABLE = 1, 2, 3
-# Why a job failed that is not its input's fault; other codes are.
-OURS = {"storage_error", "out_of_memory", "step_timeout", "time_limit_exceeded", "worker_lost", "internal"}
-DEFAULT_SEQUENCE_LENGTH = 1024
+DEFAULT_SEQUENCE_LENGTH: int = _default(models.DatasetRef1, "sequence_length")
 # Where configurations of models say what their longest context is.
 _CONTEXT_FIELDS = ("max_position_embeddings", "max_seq_len")
 
-jobs = typer.Typer(help="Submit and follow jobs of a running service.", no_args_is_help=True)
+jobs = typer.Typer(
+    help="Submit and follow jobs of a running service.", no_args_is_help=True, add_completion=False
+)
 
 Url = Annotated[str, typer.Option(envvar="ORTHOKV_URL", help="The service.")]
 KeyFile = Annotated[
@@ -40,37 +61,6 @@ KeyFile = Annotated[
     typer.Option(help="File that holds the API key. By default the key is taken from ORTHOKV_API_KEY."),
 ]
 JobId = Annotated[str, typer.Argument(metavar="ID")]
-
-
-class Method(StrEnum):
-    stiefel = "stiefel"
-    eigen = "eigen"
-    weighted = "weighted"
-    oblique = "oblique"
-
-
-class Sharing(StrEnum):
-    head = "head"
-    tied = "tied"
-    pair = "pair"
-    quad = "quad"
-    joint = "joint"
-    auto = "auto"
-
-
-class KeyMode(StrEnum):
-    pre = "pre"
-    post = "post"
-
-
-class Parameterisation(StrEnum):
-    direct = "direct"
-    predictor = "predictor"
-
-
-class Form(StrEnum):
-    adapter = "adapter"
-    full = "full"
 
 
 def _stop(message: str, code: int) -> typer.Exit:
@@ -125,41 +115,34 @@ def submit(
     layer_error: Annotated[float | None, typer.Option(help="Budget: error of the worst layer.")] = None,
     perplexity_increase: Annotated[float | None, typer.Option(help="Budget: relative increase.")] = None,
     revision: Annotated[str | None, typer.Option(help="Of a hub model.")] = None,
-    method: Method = Method.oblique,
-    sharing: Sharing = Sharing.joint,
-    key_mode: KeyMode = KeyMode.pre,
-    parameterisation: Parameterisation = Parameterisation.direct,
-    steps: Annotated[int | None, typer.Option(help="Optimisation steps per layer.")] = None,
-    refine_steps: Annotated[
-        int | None, typer.Option(help="Steps of the last stage, all layers together; 0 leaves it out.")
-    ] = None,
-    num_samples: int = 64,
+    method: MethodType = _default(models.Method, "type"),
+    sharing: Annotated[Sharing, typer.Option(help=HELP["sharing"])] = _default(models.Method, "sharing"),
+    key_mode: KeyMode = _default(models.Method, "key_mode"),
+    parameterisation: Parameterisation = _default(models.Method, "parameterisation"),
+    steps: Annotated[int | None, typer.Option(help=HELP["steps"])] = None,
+    refine_steps: Annotated[int | None, typer.Option(help=HELP["refine_steps"])] = None,
+    num_samples: int = _default(models.DatasetRef1, "num_samples"),
     sequence_length: Annotated[
         int | None,
         typer.Option(
-            help="Tokens in a sample. Default: 1024, or the longest context of a model in a local folder where that is shorter."
+            help=f"Tokens in a sample. Default: {DEFAULT_SEQUENCE_LENGTH}, or the longest context of a model "
+            "in a local folder where that is shorter."
         ),
     ] = None,
-    positions: Annotated[
-        int | None,
-        typer.Option(
-            help="Key mode post: positions to calibrate over. Default: the model's longest context."
-        ),
-    ] = None,
-    field: Annotated[str, typer.Option(help="Where a JSONL or Parquet row has its text.")] = "text",
+    positions: Annotated[int | None, typer.Option(help=HELP["positions"])] = None,
+    field: Annotated[str, typer.Option(help="Where a JSONL or Parquet row has its text.")] = _default(
+        models.TextRef1, "field"
+    ),
     dataset_format: Annotated[
-        str | None, typer.Option("--format", help="jsonl, text or parquet; by default from the file's name.")
+        DatasetFormat | None, typer.Option("--format", help="By default from the file's name.")
     ] = None,
-    form: Form = Form.adapter,
-    rank_multiple: Annotated[int, typer.Option(help="Every rank is a multiple of this.")] = 1,
-    polish_steps: Annotated[
-        int | None,
-        typer.Option(help="Steps of a refinement at the plan's ranks; 0 leaves it out."),
-    ] = None,
-    seed: int = 0,
-    max_runtime_minutes: Annotated[
-        int | None, typer.Option(help="Fail the job when it takes longer.")
-    ] = None,
+    form: Annotated[Form, typer.Option(help=HELP["form"])] = _default(models.JobCreate, "form"),
+    rank_multiple: Annotated[int, typer.Option(help=HELP["rank_multiple"])] = _default(
+        models.JobCreate, "rank_multiple"
+    ),
+    polish_steps: Annotated[int | None, typer.Option(help=HELP["polish_steps"])] = None,
+    seed: int = _default(models.JobCreate, "seed"),
+    max_runtime_minutes: Annotated[int | None, typer.Option(help=HELP["max_runtime_minutes"])] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     url: Url = DEFAULT_URL,
     api_key_file: KeyFile = None,
@@ -239,7 +222,7 @@ def wait(
 
 @jobs.command("list")
 def list_jobs(
-    status: Annotated[str | None, typer.Option(help="Only jobs of this status.")] = None,
+    status: Annotated[JobStatus | None, typer.Option(help="Only jobs of this status.")] = None,
     model: Annotated[str | None, typer.Option(help="Only jobs of this model id.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
     url: Url = DEFAULT_URL,
@@ -307,7 +290,7 @@ def _conclude(job: models.Job) -> None:
 
 
 def _exit_code(error: models.JobError | None) -> int:
-    if error is None or error.code in OURS:  # cancelled, or none of the input's fault
+    if error is None or error.code not in INPUT_FAULTS:  # cancelled, or none of the input's fault
         return FAILED
     return BUDGET_UNREACHABLE if error.code == "budget_unreachable" else BAD_INPUT
 
@@ -326,7 +309,7 @@ def _made(found: str | None, what: str, job_id: str) -> str:
 
 
 def _default_sequence_length(folder: Path) -> int:
-    """1024, or the longest context of the model in this folder where that is shorter, and then it is said."""
+    """The service's default, or the longest context of the model in this folder where that is shorter, and then it is said."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -352,3 +335,19 @@ def _model_id(model: str) -> str:
     if path.is_absolute() or model.startswith("."):
         raise _stop(f"{model} is not a folder", BAD_INPUT)
     return model
+
+
+def main() -> None:
+    """`orthokv-client`: run a command, and exit with its code."""
+    try:
+        code = jobs(standalone_mode=False)
+    except NoArgsIsHelpError as error:
+        error.show()
+        sys.exit(BAD_INPUT)
+    except ClickException as error:
+        # One line, where click itself would add the usage of the command.
+        typer.echo(f"orthokv: {error.format_message()}", err=True)
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -10,11 +10,11 @@ from typing import Any, Self, TypeVar
 
 import httpx2
 
-from orthokv.client import models
-from orthokv.client.base import Model
-from orthokv.client.download import CONNECTIONS, Progress, download
-from orthokv.client.protocol import PATIENT, AnyModel, Attempts, Call, Retry, Settings, parsed, validated
-from orthokv.client.resources import (
+from orthokv_client import models
+from orthokv_client.base import Model
+from orthokv_client.download import CONNECTIONS, Progress, download
+from orthokv_client.protocol import PATIENT, AnyModel, Attempts, Call, Retry, Settings, parsed, validated
+from orthokv_client.resources import (
     ApiKeys,
     Artifacts,
     AuditEvents,
@@ -25,7 +25,7 @@ from orthokv.client.resources import (
     Projects,
     WebhookEndpoints,
 )
-from orthokv.client.running import blocking, chunks, sleep
+from orthokv_client.running import blocking, chunks, sleep
 
 Item = TypeVar("Item", bound=Model)
 
@@ -34,8 +34,8 @@ class OrthoKV:
     """One server: `with OrthoKV(url) as client: ...`.
 
     `url` is that of ORTHOKV_URL by default, and `api_key` that of ORTHOKV_API_KEY; a server of the same user on the loopback
-    needs none. `timeout_seconds` bounds connecting, sending and every wait for bytes. All calls raise `ApiError` (a class of it for each kind of problem), `Unreachable` and
-    `UnexpectedAnswer`.
+    needs none. `timeout_seconds` bounds connecting, sending and every wait for bytes. All calls raise `ApiError` (a class of
+    it for each kind of problem), `Unreachable` and `UnexpectedAnswer`.
     """
 
     def __init__(
