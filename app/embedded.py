@@ -110,20 +110,10 @@ class EmbeddedWorker:
                 self._stop.wait(_RESTART_SECONDS)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        python = sys.executable
+        # Modules come from where Python is installed, never from the folder in which the server was started.
+        module = (sys.executable, "-P", "-m")
         return subprocess.Popen(
-            [
-                python,
-                "-P",
-                "-m",
-                "workers.tether",
-                str(os.getpid()),
-                "",
-                python,
-                "-P",
-                "-m",
-                "workers.supervisor",
-            ],
+            [*module, "workers.tether", str(os.getpid()), "", *module, "workers.supervisor"],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,

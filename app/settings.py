@@ -177,7 +177,6 @@ class Settings(BaseSettings):
 
     None: one step.
     """
-    # -P: modules come from where Python is installed, never from the folder in which the server was started.
     runner_command: tuple[str, ...] = (sys.executable, "-P", "-m", "workers.runner")
     runner_environment: tuple[str, ...] = ()
     """Names of further variables to hand to the runner, which otherwise sees no secret."""
