@@ -28,7 +28,9 @@ def require(model_id: str, *, form: str, by_owner: bool, roots: Sequence[Path]) 
     """Raises `FolderRefused`, for folders of the machine only."""
     if by_owner or not is_folder(model_id):
         return
-    if not (_is_listed(model_id, roots) and _stays_inside(model_id, roots)):
+    real_roots = [Path(os.path.realpath(root)) for root in roots]
+    # By the names that the operator gave them, or by those that clients find when they follow his links.
+    if not (_is_listed(model_id, [*roots, *real_roots]) and _stays_inside(model_id, real_roots)):
         raise FolderRefused(OUTSIDE)
     if form == "full":
         raise FolderRefused(WEIGHTS)
@@ -40,9 +42,8 @@ def _is_listed(folder: str, roots: Sequence[Path]) -> bool:
     return ".." not in path.parts and any(path.is_relative_to(root) for root in roots)
 
 
-def _stays_inside(folder: str, roots: Sequence[Path]) -> bool:
+def _stays_inside(folder: str, real_roots: Sequence[Path]) -> bool:
     """With every link followed: the folder and each entry of it lie below one of the roots."""
-    real_roots = [os.path.realpath(root) for root in roots]
 
     def inside(path: str) -> bool:
         real = PurePosixPath(os.path.realpath(path))

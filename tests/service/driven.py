@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from orthokv_client import AsyncOrthoKV, OrthoKV
-from tests.service.tenants import TOKEN
 
 
 class Driven:
@@ -46,10 +45,8 @@ class Clients:
         self._loop = asyncio.new_event_loop()
         self._made: list[Any] = []
 
-    def __call__(self, url: str, *, api_key: str | None = TOKEN, **more: Any) -> Any:
-        """A client of the owner, unless it has a key."""
+    def __call__(self, url: str, **more: Any) -> Any:
         made: Any
-        more["api_key"] = api_key
         if self._kind == "async":
 
             async def make() -> AsyncOrthoKV:
