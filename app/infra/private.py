@@ -15,6 +15,7 @@ from sqlalchemy.engine import make_url
 
 from app.settings import Settings
 
+_SQLITE = b"SQLite format 3\0"
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 log = structlog.get_logger(__name__)
@@ -56,8 +57,17 @@ def _kept_in(settings: Settings) -> Iterator[Path]:
     if objects.scheme == "file":
         yield Path(url2pathname(objects.path))
     database = make_url(settings.resolved_database_url)
-    if database.get_backend_name() == "sqlite" and database.database:
-        yield from (Path(database.database + suffix) for suffix in ("", "-wal", "-shm"))
+    if database.get_backend_name() == "sqlite" and _is_sqlite(Path(database.database or "")):
+        yield from (Path(f"{database.database}{suffix}") for suffix in ("", "-wal", "-shm"))
+
+
+def _is_sqlite(file: Path) -> bool:
+    """Whether there is a database in a file: what else may lie there is not ours to change."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_SQLITE)) == _SQLITE
+    except OSError:
+        return False
 
 
 def _is_shared(path: Path) -> bool:

@@ -75,7 +75,7 @@ class TestFilesOfBefore:
             made.mkdir(mode=0o755)
             made.chmod(0o755)
         for name in ("orthokv.db", "orthokv.db-wal"):
-            (settings.data_dir / name).touch()
+            (settings.data_dir / name).write_bytes(b"SQLite format 3\0")
             (settings.data_dir / name).chmod(0o644)
         return settings
 
@@ -92,10 +92,16 @@ class TestFilesOfBefore:
 
     def test_so_are_those_that_lie_elsewhere(self, tmp_path: Path) -> None:
         (tmp_path / "objects").mkdir(mode=0o755)
-        (tmp_path / "other.db").touch(mode=0o644)
+        (tmp_path / "other.db").write_bytes(b"SQLite format 3\0")
         url, objects = f"sqlite:///{tmp_path / 'other.db'}", (tmp_path / "objects").as_uri()
         make_private(Settings(data_dir=tmp_path / "data", database_url=url, storage_url=objects))
         assert [mode(tmp_path / name) for name in ("data", "objects", "other.db")] == [0o700, 0o700, 0o600]
+
+    def test_a_file_that_is_no_database_is_left(self, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").touch()
+        before = mode(tmp_path / "notes.txt")
+        make_private(Settings(data_dir=tmp_path / "data", database_url=f"sqlite:///{tmp_path / 'notes.txt'}"))
+        assert mode(tmp_path / "notes.txt") == before
 
     def test_a_folder_that_others_use_too_is_left_and_said(self, tmp_path: Path) -> None:
         folder = tmp_path / "shared"
