@@ -73,9 +73,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m app.http.openapi --check
+	$(BIN)/python -m tools.openapi --check
 	$(BIN)/python -m tools.client_sources --check
-	$(BIN)/python -m tests.support_table --check
+	$(BIN)/python -m tools.support_table --check
 	$(BIN)/python -m app.migrate --check
 	$(BIN)/yamllint --strict -c .yamllint.yml .yamllint.yml docker-compose.yml deploy
 	$(BIN)/hadolint Dockerfile gpu_worker.Dockerfile
@@ -101,7 +101,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 openapi: $(STAMP)
-	$(BIN)/python -m app.http.openapi
+	$(BIN)/python -m tools.openapi
 	$(BIN)/python -m tools.client_sources
 
 client: $(STAMP)
@@ -111,7 +111,7 @@ bench-download: $(STAMP)
 	$(BIN)/python -m benchmarks.service_download $(ARGS)
 
 table: $(STAMP)
-	$(BIN)/python -m tests.support_table
+	$(BIN)/python -m tools.support_table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info clients/python/build clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

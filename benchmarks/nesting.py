@@ -17,17 +17,21 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.bench import CALIBRATION, MODEL, TEXTS, Bench, need_shared, shares
-from orthokv.allocate import Plan, allocate
-from orthokv.attention import Seam
-from orthokv.budget import Budget
 from orthokv.compare import MethodChoice
-from orthokv.dataset import Blocks
-from orthokv.evaluate import quality
-from orthokv.pipeline import FitSettings, device_name, planned_bases
-from orthokv.polish import STEPS_SHARE, polish
-from orthokv.profile import ErrorProfile
-from orthokv.refine import Refinement, refine
-from orthokv.wording import markdown
+from orthokv.fit.polish import polish
+from orthokv.fit.refine import Refinement, refine
+from orthokv.measure.checkpoint import device_name
+from orthokv.measure.quality import quality
+from orthokv.plan.allocate import allocate
+from orthokv.plan.bases import planned_bases
+from orthokv.plan.plan import Plan
+from orthokv.plan.profile import ErrorProfile
+from orthokv.runtime.seam import Seam
+from orthokv.show.wording import markdown
+from orthokv.spec.budget import Budget
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.steps import POLISH_SHARE
+from orthokv.text.blocks import Blocks
 
 NAMES = {
     "all": "many budgets in turn",
@@ -78,7 +82,7 @@ def run(
         for kept in budgets:
             measure(nested, "all", count, kept)
             if count == steps[0]:
-                more = int(STEPS_SHARE * count)
+                more = int(POLISH_SHARE * count)
                 polished = polish(bench.model, nested, plans[kept], calibration, more)
                 measure(polished, "polished", count + more, kept)
     for kept in budgets:

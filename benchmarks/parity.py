@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import CALIBRATION, MODEL, TEXTS, Bench, need_shared, shares
-from orthokv.allocate import allocate
-from orthokv.attention import Seam
-from orthokv.budget import Budget
 from orthokv.compare import MethodChoice
-from orthokv.dataset import Blocks
-from orthokv.evaluate import quality
-from orthokv.pipeline import FitSettings, device_name, planned_bases
-from orthokv.profile import ErrorProfile
+from orthokv.measure.checkpoint import device_name
+from orthokv.measure.quality import quality
+from orthokv.plan.allocate import allocate
+from orthokv.plan.bases import planned_bases
+from orthokv.plan.profile import ErrorProfile
+from orthokv.runtime.seam import Seam
+from orthokv.spec.budget import Budget
+from orthokv.spec.settings import FitSettings
+from orthokv.text.blocks import Blocks
 
 
 def digest(profile: ErrorProfile) -> str:

@@ -19,14 +19,18 @@ from typing import Any
 import torch
 
 from benchmarks.bench import Bench
-from orthokv.attention import Seam
-from orthokv.budget import Budget
 from orthokv.compare import MethodChoice
-from orthokv.errors import BudgetUnreachable
-from orthokv.evaluate import quality
-from orthokv.pipeline import FitSettings, device_name, make_plan, planned_bases
-from orthokv.plots.style import INK, MUTED, PALETTE, frame, plain, save
-from orthokv.wording import markdown, percent
+from orthokv.measure.checkpoint import device_name
+from orthokv.measure.quality import quality
+from orthokv.pipeline import make_plan
+from orthokv.plan.bases import planned_bases
+from orthokv.runtime.seam import Seam
+from orthokv.show.plots.style import INK, MUTED, PALETTE, frame, plain, save
+from orthokv.show.wording import markdown, percent
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import BudgetUnreachable
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.target import Target
 
 WITHIN = 1.2
 
@@ -61,7 +65,7 @@ def run(
     for asked in budgets:
         try:
             plan, found = make_plan(
-                profile, Budget("perplexity_increase", asked), model=bench.model, held_out=held_out
+                profile, Target(Budget("perplexity_increase", asked)), model=bench.model, held_out=held_out
             )
         except BudgetUnreachable:
             cases.append(Case(seed, asked, None, None, None, None))

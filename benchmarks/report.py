@@ -18,9 +18,9 @@ from benchmarks import nesting, promise
 from benchmarks.ablation import ABLATIONS
 from benchmarks.bench import RESULTS, ROOT, rows_of
 from benchmarks.quality import plot_quality
-from orthokv.results import ComparisonRow, summarise
-from orthokv.tables import details_markdown, ratios_markdown
-from orthokv.wording import markdown
+from orthokv.show.results import ComparisonRow, summarise
+from orthokv.show.tables import details_markdown, ratios_markdown
+from orthokv.show.wording import markdown
 
 PAGE = ROOT / "docs" / "results.md"
 IMAGES = ROOT / "docs" / "images"

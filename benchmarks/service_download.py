@@ -32,14 +32,14 @@ import psutil
 from sqlalchemy.orm import Session
 
 from app.artifacts.models import Artifact
-from app.auth.keys import generate_token
-from app.auth.principal import local_principal
 from app.infra.database import SyncDatabase
+from app.infra.keys import generate_token
 from app.jobs import service
 from app.jobs.commits import Produced, finish_step
 from app.jobs.lease import claim
 from app.jobs.schemas import JobCreate
 from app.migrate import upgrade
+from app.principal import local_principal
 from app.settings import DEFAULT_GPU_CLASS, Settings
 
 TOKEN = generate_token()

@@ -21,18 +21,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from orthokv.allocate import allocate
-from orthokv.budget import Budget
-from orthokv.checkpoint import read_checkpoint
-from orthokv.cli import TABLE_COLUMNS
+from orthokv.checkpoint.read import read_checkpoint
+from orthokv.cli.output import TABLE_COLUMNS
 from orthokv.compare import MethodChoice, compare_methods
-from orthokv.dataset import TextSource, self_text
-from orthokv.pipeline import FitSettings, evaluate_checkpoint, load, prepare_blocks
-from orthokv.plots import plot_comparison, plot_plan, plot_profile
-from orthokv.profile import ErrorProfile
-from orthokv.results import ComparisonRow
-from orthokv.source import load_tokenizer, resolve_model
-from orthokv.tables import comparison_table
+from orthokv.measure.checkpoint import evaluate_checkpoint
+from orthokv.models.loading import load
+from orthokv.models.source import load_tokenizer, resolve_model
+from orthokv.pipeline import prepare_blocks
+from orthokv.plan.allocate import allocate
+from orthokv.plan.profile import ErrorProfile
+from orthokv.show.plots import plot_comparison, plot_plan, plot_profile
+from orthokv.show.results import ComparisonRow
+from orthokv.show.tables import comparison_table
+from orthokv.spec.budget import Budget
+from orthokv.spec.settings import FitSettings
+from orthokv.text.source import TextSource
+from orthokv.text.written import self_text
 from orthokv_client import OrthoKV
 
 HERE = Path(__file__).parent

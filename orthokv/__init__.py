@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-__version__ = "0.1.0"
+from orthokv.spec.version import VERSION
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
-    from orthokv.budget import Budget
-    from orthokv.checkpoint import Checkpoint, read_checkpoint
-    from orthokv.errors import OrthoKVError
-    from orthokv.profile import ErrorProfile
-    from orthokv.runtime.attach import attach, detach
+    from orthokv.checkpoint.read import Checkpoint, read_checkpoint
+    from orthokv.plan.profile import ErrorProfile
     from orthokv.runtime.cache import cache_bytes
-    from orthokv.runtime.quantizer import OrthoKVConfig, OrthoKVQuantizer
+    from orthokv.serving.attach import attach, detach
+    from orthokv.serving.quantizer import OrthoKVConfig, OrthoKVQuantizer
+    from orthokv.spec.budget import Budget
+    from orthokv.spec.errors import OrthoKVError
 
 __all__ = [
     "Budget",
@@ -43,16 +45,16 @@ __all__ = [
 
 # Loaded when they are used: `orthokv serve` and `orthokv jobs` need no torch.
 _HOMES = {
-    "Budget": "orthokv.budget",
-    "Checkpoint": "orthokv.checkpoint",
-    "ErrorProfile": "orthokv.profile",
-    "OrthoKVConfig": "orthokv.runtime.quantizer",
-    "OrthoKVError": "orthokv.errors",
-    "OrthoKVQuantizer": "orthokv.runtime.quantizer",
-    "attach": "orthokv.runtime.attach",
+    "Budget": "orthokv.spec.budget",
+    "Checkpoint": "orthokv.checkpoint.write",
+    "ErrorProfile": "orthokv.plan.profile",
+    "OrthoKVConfig": "orthokv.serving.quantizer",
+    "OrthoKVError": "orthokv.spec.errors",
+    "OrthoKVQuantizer": "orthokv.serving.quantizer",
+    "attach": "orthokv.serving.attach",
     "cache_bytes": "orthokv.runtime.cache",
-    "detach": "orthokv.runtime.attach",
-    "read_checkpoint": "orthokv.checkpoint",
+    "detach": "orthokv.serving.attach",
+    "read_checkpoint": "orthokv.checkpoint.write",
 }
 
 
@@ -71,4 +73,4 @@ def __dir__() -> list[str]:
 @wrapt.when_imported("transformers.modeling_utils")  # at once, if it is loaded already
 def _register(_: object) -> None:
     """Teach `transformers` the format as soon as it can load models."""
-    import_module("orthokv.runtime.quantizer")
+    import_module("orthokv.serving.quantizer")

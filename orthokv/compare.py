@@ -10,23 +10,28 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel
 
-from orthokv.allocate import Allocation, Plan, allocate
-from orthokv.attention import Seam
-from orthokv.basis import SHARING_CHOICES, SharingChoice
-from orthokv.budget import Budget
-from orthokv.dataset import Blocks
-from orthokv.errors import InvalidSetting
-from orthokv.evaluate import cache_size, quality_by_layer
-from orthokv.geometry import AttentionGeometry
-from orthokv.grouping import sharings_of
-from orthokv.methods import METHODS
-from orthokv.pipeline import FitSettings, build_profile, device_name, fit_layers, planned_bases
-from orthokv.polish import polish
-from orthokv.profile import ErrorProfile
-from orthokv.progress import Reporter, Step, silent
-from orthokv.refine import can_refine, check_steps
-from orthokv.results import ComparisonRow
-from orthokv.source import ModelSource
+from orthokv.fit.methods import METHODS
+from orthokv.fit.polish import polish
+from orthokv.fit.refine import can_refine
+from orthokv.measure.checkpoint import device_name
+from orthokv.measure.quality import cache_size, quality_by_layer
+from orthokv.models.geometry import geometry_of
+from orthokv.models.source import ModelSource
+from orthokv.pipeline import build_profile, fit_layers
+from orthokv.plan.allocate import allocate
+from orthokv.plan.bases import planned_bases
+from orthokv.plan.plan import Plan
+from orthokv.plan.profile import ErrorProfile
+from orthokv.runtime.seam import Seam
+from orthokv.show.results import ComparisonRow
+from orthokv.spec.budget import Budget
+from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.progress import Reporter, Step, silent
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.sharing import sharings_of
+from orthokv.spec.steps import check_steps
+from orthokv.spec.vocabulary import SHARING_CHOICES, Allocation, SharingChoice
+from orthokv.text.blocks import Blocks
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class MethodChoice:
 
     @property
     def polish_steps(self) -> int | None:
-        """Of what its checkpoints are polished with (:func:`orthokv.polish.polish`)."""
+        """Of what its checkpoints are polished with (:func:`orthokv.fit.polish.polish`)."""
         return dict(self.options).get("polish_steps")
 
     def __str__(self) -> str:
@@ -185,7 +190,7 @@ def compare_methods(
     """
     budgets = [Budget("kept", share) for share in kept]
     every = [choice.settings(settings) for choice in choices]  # all settings are checked before the first fit
-    geometry = AttentionGeometry.from_config(model.config)
+    geometry = geometry_of(model.config)
     for choice, chosen in zip(choices, every, strict=True):
         sharings_of(chosen.sharing, geometry)
         can_refine(model, refine_steps=chosen.refine_steps, polish_steps=choice.polish_steps)

@@ -13,6 +13,7 @@ import structlog
 
 from app.hints.pipe import WakeListener
 from app.infra import failpoints, tracing
+from app.infra.counted import ATTEMPT_SECONDS, ATTEMPTS, LAYER_SECONDS, PEAK_MEMORY_BYTES
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage, StorageError
 from app.jobs.commits import IncompleteResult, Produced, commit_layer, commit_progress, finish_step
@@ -29,7 +30,6 @@ from app.jobs.lease import (
 )
 from app.jobs.model_folders import FolderRefused
 from app.jobs.vocabulary import JobErrorCode, StepName
-from app.metrics.counted import ATTEMPT_SECONDS, ATTEMPTS, LAYER_SECONDS, PEAK_MEMORY_BYTES
 from app.settings import Settings
 from workers.child import Child
 from workers.heartbeat import Heartbeat, Stop

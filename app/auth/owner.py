@@ -20,7 +20,7 @@ import structlog
 from pydantic import SecretStr
 
 from app.auth.exposure import Exposed
-from app.auth.keys import generate_token, is_token
+from app.infra.keys import generate_token, is_token
 from app.settings import Settings
 
 TOKEN_FILE = "token"

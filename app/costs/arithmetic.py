@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Self
 
+from app.jobs.schemas import CompressSpec, JobCreate
 from app.jobs.vocabulary import StepName
+from orthokv.spec.methods import default_steps
+from orthokv.spec.rankgrid import CANDIDATE_SHARES
+from orthokv.spec.settings import PROFILE_SAMPLES, held_out
+from orthokv.spec.steps import polish_steps
+from orthokv.spec.vocabulary import GROUP_HEADS
 
-# The library's own defaults (`orthokv/methods`), for a request that names none.
-_STEPS = {"oblique": 200, "stiefel": 200}
-_REFINE_STEPS = {"oblique": 400}
-# Candidate ranks and the blocks that each is tried on (`orthokv/profile.py`).
-_RANK_PAIRS, _PROFILE_BLOCKS = 64, 2
+_RANK_PAIRS = len(CANDIDATE_SHARES) ** 2
 _PLANS_TRIED = 9  # by a budget on perplexity
-_HELD_OUT = 8  # one block in so many
 _BACKWARD = 3  # a forward and a backward pass cost three forward passes
 
 
@@ -72,35 +73,29 @@ class Asked:
         return self.samples * self.length
 
     @classmethod
-    def of_spec(cls, spec: dict[str, Any]) -> Self:
-        """Of the `spec` of a job of kind `compress`."""
-        method, dataset = spec["method"], spec["dataset"]
-        kind, steps, refine = method["type"], method.get("steps"), method.get("refine_steps")
-        refine = _REFINE_STEPS.get(kind, 0) if refine is None else refine
-        texts = (dataset, *dataset.get("also", []))
-        return cls(
-            samples=dataset["num_samples"],
-            length=dataset["sequence_length"],
-            method=kind if method["parameterisation"] == "direct" else f"{kind}:{method['parameterisation']}",
-            sharing=method["sharing"],
-            steps=_STEPS.get(kind, 0) if steps is None else steps,
-            refine_steps=refine,
-            polish_steps=_polish_steps(spec["budget"]["metric"], refine, spec.get("polish_steps")),
-            writes_itself=any(text["source"] == "self" for text in texts),
-            searches=spec["budget"]["metric"] == "perplexity_increase",
+    def of(cls, spec: CompressSpec | JobCreate) -> Self:
+        """Of what a job of kind `compress` is asked for."""
+        method, dataset, target = spec.method, spec.dataset, spec.target()
+        settings = method.settings(
+            num_samples=max(2, dataset.num_samples), sequence_length=dataset.sequence_length, seed=spec.seed
         )
-
-
-def _polish_steps(metric: str, refine: int, asked: int | None) -> int:
-    """As in `orthokv/polish.py`."""
-    if metric == "layer_error":
-        return 0
-    return refine // 2 if asked is None else asked
+        predictor = method.parameterisation == "predictor"
+        return cls(
+            samples=dataset.num_samples,
+            length=dataset.sequence_length,
+            method=f"{method.type}:{method.parameterisation}" if predictor else method.type,
+            sharing=method.sharing,
+            steps=default_steps(method.type) if method.steps is None else method.steps,
+            refine_steps=settings.refinement_steps,
+            polish_steps=polish_steps(settings.refinement_steps, target.budget, target.polish_steps),
+            writes_itself=any(text.source == "self" for text in dataset.texts),
+            searches=target.budget.metric == "perplexity_increase",
+        )
 
 
 def group_width(shape: Shape, sharing: str) -> int:
     """Numbers of a key or value that one basis covers."""
-    heads = {"head": 1, "tied": 1, "pair": 2, "quad": 4}.get(sharing, shape.kv_heads)
+    heads = GROUP_HEADS.get(sharing, shape.kv_heads)
     return min(heads, shape.kv_heads) * shape.head_dim
 
 
@@ -108,7 +103,7 @@ def flop(shape: Shape, asked: Asked, step: StepName, *, layers: int | None = Non
     """Floating-point operations of a step; of a fit, over this many layers (default: all)."""
     count = shape.layers if layers is None else layers
     width = group_width(shape, asked.sharing)
-    held_out = max(1, asked.samples // _HELD_OUT) * asked.length
+    held = held_out(asked.samples) * asked.length
     forward = 2.0 * shape.parameters
     # One token through one layer's attention, with its keys and values taken to a basis and back.
     queries = shape.heads * shape.head_dim
@@ -123,15 +118,15 @@ def flop(shape: Shape, asked: Asked, step: StepName, *, layers: int | None = Non
         case StepName.FIT:
             capture = asked.tokens * (forward / shape.layers + 4.0 * shape.kv_width * width)
             decompose = 20.0 * shape.kv_width / width * width**3
-            profile = _RANK_PAIRS * _PROFILE_BLOCKS * asked.length * attention
+            profile = _RANK_PAIRS * PROFILE_SAMPLES * asked.length * attention
             learn = _BACKWARD * asked.steps * asked.length * attention
             tried = 3 if asked.sharing == "auto" else 1
             return count * (capture + tried * (decompose + profile + learn))
         case StepName.PROFILE:
-            sensitivities = _PROFILE_BLOCKS * asked.length * forward * shape.layers
+            sensitivities = PROFILE_SAMPLES * asked.length * forward * shape.layers
             return sensitivities + asked.refine_steps * refinement
         case StepName.PACKAGE:
-            search = _PLANS_TRIED * held_out * forward if asked.searches else 0.0
+            search = _PLANS_TRIED * held * forward if asked.searches else 0.0
             return search + asked.polish_steps * refinement
         case StepName.EVALUATE:
-            return 4.0 * held_out * (forward + shape.layers * attention)
+            return 4.0 * held * (forward + shape.layers * attention)

@@ -8,7 +8,6 @@ from anyio import to_thread
 from fastapi import APIRouter
 
 from app.auth.dependency import JobsWrite, guarded
-from app.auth.principal import Principal
 from app.costs import service
 from app.costs.probe import NOTHING, Known, Unfit, ask_hub, read_folder
 from app.costs.schemas import Validation
@@ -16,8 +15,10 @@ from app.http.dependencies import Config, Db
 from app.http.errors import Code, Problem
 from app.http.routing import BoundedRoute
 from app.jobs.schemas import JobCreate
-from app.jobs.service import check_model, is_hub_id
+from app.jobs.service import check_model
+from app.principal import Principal
 from app.settings import Settings
+from orthokv.spec.hub_ids import is_hub_id
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=BoundedRoute)
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 
 import structlog
 from celery.app.trace import setup_worker_optimizations
-from celery.worker import WorkController, state
+from celery.worker import WorkController
 from kombu import Queue
 
 from app.hints.broker import TASK, make_celery, queue_of
+from app.infra.compat import celery_state
 
 RESTART_SECONDS = 5.0
 STOP_SECONDS = 5.0
@@ -44,9 +45,9 @@ class HintListener:
     def stop(self) -> None:
         """Hear nothing any more. `work` must have been told to return."""
         self._ended.set()
-        state.should_terminate = 0  # type: ignore[assignment]
+        celery_state().should_terminate = 0
         self._thread.join(STOP_SECONDS)
-        state.should_terminate = None
+        celery_state().should_terminate = None
 
     def _listen_until_stopped(self) -> None:
         setup_worker_optimizations(

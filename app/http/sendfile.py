@@ -12,7 +12,8 @@ from typing import Any
 
 import h11
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from app.infra.compat import H11Protocol
 
 ZERO_COPY = "http.response.zerocopysend"
 # The loop turns to other requests after each part, however fast this client reads.

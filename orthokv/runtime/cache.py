@@ -24,17 +24,15 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from orthokv.errors import InvalidSetting
+from orthokv.spec.errors import InvalidSetting
 
 if TYPE_CHECKING:
-    from orthokv.attention import LayerBases
+    from orthokv.bases.basis import LayerBases
 
     _StockLayer = DynamicLayer
 else:
     # The mixin itself has no stock base: which class is behind it depends on the cache that is adopted.
     _StockLayer = object
-
-POSITION_BYTES = 4
 
 
 class PositionBook:

@@ -7,14 +7,19 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from orthokv.attention import LayerBases
-from orthokv.basis import KeyMode
-from orthokv.geometry import AttentionGeometry
+from orthokv.bases.basis import LayerBases
 from orthokv.runtime.cache import adopt_layer, cache_bytes
+from orthokv.spec.codec import SIXTEEN_BIT, CodecSpec
+from orthokv.spec.geometry import Geometry
+from orthokv.spec.vocabulary import KeyMode
 
 
-def live_bytes_per_token(geometry: AttentionGeometry, bases: Sequence[LayerBases], key_mode: KeyMode) -> int:
-    """Put one token into a real cache in 16 bits and count what it holds."""
+def live_bytes_per_token(
+    geometry: Geometry, bases: Sequence[LayerBases], key_mode: KeyMode, codec: CodecSpec = SIXTEEN_BIT
+) -> int:
+    """Put one token into a real cache under a codec and count what it holds."""
+    # Only sizes matter: a plain dtype of the codec's width stands for what a model would hand over.
+    stored = torch.bfloat16 if codec.bits == 16 else torch.float32
     cache = DynamicCache()
     shape = (1, geometry.kv_heads, 1, geometry.head_dim)
     for index, layer_bases in enumerate(bases):
@@ -23,8 +28,5 @@ def live_bytes_per_token(geometry: AttentionGeometry, bases: Sequence[LayerBases
         positions = key_mode == "pre" and geometry.uses_rope(index)
         layer = adopt_layer(cache, index, layer_bases, positions=positions)
         layer.pending_positions = torch.zeros(1, 1) if positions else None
-        # Only sizes matter: a plain bfloat16 tensor stands for what a 16-bit model would hand over.
-        layer.store(
-            torch.zeros(shape, dtype=torch.float32), torch.zeros(shape, dtype=torch.float32), torch.bfloat16
-        )
+        layer.store(torch.zeros(shape), torch.zeros(shape), stored)
     return cache_bytes(cache)

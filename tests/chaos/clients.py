@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx2
 
-from tests.fleet import Api
+from tests.support.fleet import Api
 
 ENDED = ("succeeded", "failed", "cancelled")
 

@@ -16,7 +16,7 @@ from tests.service.conftest import (
     settings,
     sqlite_template,
 )
-from tests.service.tenants import TOKEN
+from tests.support.tenants import TOKEN
 
 __all__ = [
     "bucket",

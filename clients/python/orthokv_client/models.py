@@ -88,7 +88,7 @@ class CheckpointSpec(Model):
     """What a job of kind `checkpoint` was asked for."""
 
     budget: Budget
-    form: Literal["adapter", "full"]
+    form: Literal["adapter", "full"] = "adapter"
     """`adapter`: bases only. `full`: with the base model's own files, loadable by path."""
     polish_steps: Annotated[int | None, Field(ge=0, le=1000000)] = None
     """Steps of a refinement of the bases at the ranks of this checkpoint's plan, before it is packed; 0: none, the profile's own bases; absent: half as many as the profile was refined with. A `layer_error` budget is met by the profile's own bases and takes none."""
@@ -231,7 +231,7 @@ class Method(Model):
     """Which heads of a layer share a basis; `auto`: each layer has its best group of 2, 4 or all."""
     steps: Annotated[int | None, Field(ge=1, le=1000000)] = None
     """Optimisation steps per layer; absent: the method's own."""
-    type: Literal["oblique", "stiefel", "weighted", "eigen"] = "oblique"
+    type: Literal["oblique", "stiefel", "weighted", "eigen", "palu"] = "oblique"
 
 
 class Minutes(Model):
@@ -862,7 +862,7 @@ class CompressSpec(Model):
     budget: Budget
     dataset: DatasetRef1 | DatasetRef2
     """Which text to calibrate on, and how much of it."""
-    form: Literal["adapter", "full"]
+    form: Literal["adapter", "full"] = "adapter"
     """`adapter`: bases only. `full`: with the base model's own files, loadable by path."""
     method: Method
     model: ModelRef

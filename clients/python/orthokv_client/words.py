@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-MethodType = Literal["oblique", "stiefel", "weighted", "eigen"]
+MethodType = Literal["oblique", "stiefel", "weighted", "eigen", "palu"]
 
 Sharing = Literal["head", "tied", "pair", "quad", "joint", "auto"]
 
