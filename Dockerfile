@@ -15,7 +15,7 @@ COPY orthokv/spec orthokv/spec
 COPY app app
 COPY migrations migrations
 
-RUN useradd --uid 10001 --no-create-home orthokv && install -d -o orthokv /data
+RUN useradd --uid 10001 --no-create-home orthokv && install -d -m 700 -o orthokv /data
 USER 10001
 ENV ORTHOKV_DATA_DIR=/data
 VOLUME /data

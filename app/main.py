@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 import app.artifacts.routes
 import app.audit.routes
+import app.auth.docs
 import app.checkpoints.routes
 import app.costs.routes
 import app.datasets.routes
@@ -79,6 +80,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=API_VERSION,
         description=DESCRIPTION,
         lifespan=_lifespan,
+        docs_url=None,  # ours: app.auth.docs
+        openapi_url=None,
         redoc_url=None,
         redirect_slashes=False,
         # Spans of requests, where `tracing.configure` has set up an exporter; metrics and logs are our own.
@@ -119,6 +122,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.audit.routes.router,
         app.webhooks.routes.router,
         app.http.health.router,
+        app.auth.docs.router,
     ):
         api.include_router(router)
     describe(api)

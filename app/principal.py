@@ -31,19 +31,21 @@ class Scope(StrEnum):
 class Principal:
     """The project that a request acts in, and on whose behalf.
 
-    `actor` is a key's id, `local` for the user of a loopback server, `cli` for whoever can reach the database
-    itself, or `system` for the service's own doing.
+    `actor` is a key's id, `local` for the owner of a loopback server, `cli` for whoever can reach the database
+    itself, or `system` for the service's own doing. `owner`: may read on this machine what the server can read, since they
+    are one user.
     """
 
     project_id: str
     actor: str
     scopes: frozenset[Scope]
     request_id: str | None = None
+    owner: bool = False
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
 
 def local_principal(request_id: str | None = None) -> Principal:
-    """The user of a server that only this machine can reach: everything, in the default project."""
-    return Principal(DEFAULT_PROJECT_ID, "local", frozenset(Scope), request_id)
+    """The owner of a server that only this machine can reach: everything, in the default project."""
+    return Principal(DEFAULT_PROJECT_ID, "local", frozenset(Scope), request_id, owner=True)

@@ -28,6 +28,7 @@ from app.jobs.lease import (
     fail,
     release,
 )
+from app.jobs.model_folders import FolderRefused
 from app.jobs.vocabulary import JobErrorCode, StepName
 from app.settings import Settings
 from workers.child import Child
@@ -118,6 +119,8 @@ class Attempt:
                 return self._run_child(request)
         except (StorageError, OSError) as error:
             return Failure(JobErrorCode.STORAGE_ERROR, str(error), retryable=True)
+        except FolderRefused as error:
+            return Failure(JobErrorCode.MODEL_NOT_FOUND, str(error), retryable=False)
         except (ProtocolError, IncompleteResult) as error:
             return Failure(JobErrorCode.INTERNAL, f"The runner broke its protocol: {error}", retryable=False)
         finally:

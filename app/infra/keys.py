@@ -1,4 +1,4 @@
-"""The text of API keys: `okv_<key id>_<secret>_<checksum>`.
+"""The text of API keys, `okv_<key id>_<secret>_<checksum>`, and of a server's own token, `okv_local_<secret>_<checksum>`.
 
 The fixed prefix and the checksum let secret scanners find a leaked key without asking the server, and let the
 server refuse garbage without asking the database.
@@ -20,13 +20,25 @@ _SECRET_LENGTH = 43  # 256 bits
 _CHECKSUM_LENGTH = 6  # 32 bits
 
 _ID = id_pattern("key").strip("^$").removeprefix("key_")
-_KEY = re.compile(rf"okv_({_ID})_([0-9A-Za-z]{{{_SECRET_LENGTH}}})_([0-9A-Za-z]{{{_CHECKSUM_LENGTH}}})")
+_REST = rf"([0-9A-Za-z]{{{_SECRET_LENGTH}}})_([0-9A-Za-z]{{{_CHECKSUM_LENGTH}}})"
+_KEY = re.compile(rf"okv_({_ID})_{_REST}")
+_TOKEN = re.compile(rf"okv_local_{_REST}")
+_SECRET = re.compile(rf"okv_({_ID}|local)_{_REST}")
 
 
 def generate(key_id: str) -> str:
     """A new secret key whose row has this id."""
-    secret = "".join(secrets.choice(_BASE62) for _ in range(_SECRET_LENGTH))
-    return _with_checksum(f"{prefix(key_id)}_{secret}")
+    return _with_checksum(f"{prefix(key_id)}_{_secret()}")
+
+
+def generate_token() -> str:
+    """A new token of a server's owner. No row knows it: it is good for as long as the server that made it runs."""
+    return _with_checksum(f"okv_local_{_secret()}")
+
+
+def is_token(text: str) -> bool:
+    """Whether this has the form of an owner's token."""
+    return _TOKEN.fullmatch(text) is not None and _with_checksum(text.rpartition("_")[0]) == text
 
 
 def prefix(key_id: str) -> str:
@@ -52,8 +64,12 @@ def digest(text: str, pepper: str) -> str:
 
 
 def redact(text: str) -> str:
-    """The text with every key in it cut down to its prefix."""
-    return _KEY.sub(lambda match: f"okv_{match[1]}_[redacted]", text)
+    """The text with every key and token in it cut down to its prefix."""
+    return _SECRET.sub(lambda match: f"okv_{match[1]}_[redacted]", text)
+
+
+def _secret() -> str:
+    return "".join(secrets.choice(_BASE62) for _ in range(_SECRET_LENGTH))
 
 
 def _with_checksum(body: str) -> str:

@@ -69,7 +69,13 @@ async def get(
     status_code=202,
     response_model=Job,
     operation_id="profiles.create_checkpoint",
-    responses=guarded(*CREATION_CODES, Code.NOT_FOUND, Code.QUOTA_EXCEEDED, Code.QUEUE_FULL),
+    responses=guarded(
+        *CREATION_CODES,
+        Code.NOT_FOUND,
+        Code.LOCAL_MODELS_DISABLED,
+        Code.QUOTA_EXCEEDED,
+        Code.QUEUE_FULL,
+    ),
 )
 async def create_checkpoint(
     profile_id: ProfileId,

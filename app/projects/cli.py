@@ -105,8 +105,8 @@ def _every(one_page: Callable[[Cursor], tuple[list[Row], bool]]) -> Iterator[Row
 def _settings(data: Path | None, *, make: bool = False) -> Settings:
     with starting():
         settings = Settings() if data is None else Settings(data_dir=data)
-    if make and not settings.database_url:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        if make and not settings.database_url:
+            settings.data_dir.mkdir(parents=True, exist_ok=True)
     if not settings.database_url and not settings.data_dir.is_dir():
         raise stop(
             f"{settings.data_dir} is no data folder; name it by --data, or set ORTHOKV_DATABASE_URL",

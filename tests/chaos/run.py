@@ -46,7 +46,7 @@ def run(plan: Plan, *, minutes: float, seed: int, jobs: int = 0) -> dict[str, An
         ended = threading.Event()
         outstanding = 2 if plan.real else 5
         clients = [
-            Client(world.url, world.body, random.Random(rng.random()), ended, outstanding=outstanding)
+            Client(world.api, world.body, random.Random(rng.random()), ended, outstanding=outstanding)
             for _ in range(CLIENTS)
         ]
         watch = Watch(database)

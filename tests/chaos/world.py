@@ -154,7 +154,6 @@ class World:
             # Longer than the clock ever jumps: keys of before a longer jump are forgotten, as documented.
             "ORTHOKV_IDEMPOTENCY_HOURS": "72",
             "ORTHOKV_AUTH_REQUIRED": "false",
-            "ORTHOKV_ALLOW_LOCAL_MODELS": "true",
             "OMP_NUM_THREADS": "1",
         }
         if not self.plan.real:
@@ -231,9 +230,6 @@ class World:
         except AssertionError:  # its database is away; the next round tries again
             self._api_up = False
             self.refused_starts += 1
-
-    def url(self) -> str:
-        return self.api.url
 
     def heal(self) -> None:
         """Everything as it ought to be; workers are still at work."""

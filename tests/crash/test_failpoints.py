@@ -128,10 +128,12 @@ class Client:
         self._again = again
 
     def send(self, method: str, path: str, **content: Any) -> httpx2.Response:
-        headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
+        once = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
         while True:
             try:
-                response = httpx2.request(method, self.api.url + path, headers=headers, timeout=60, **content)
+                response = httpx2.request(
+                    method, self.api.url + path, headers={**once, **self.api.headers}, timeout=60, **content
+                )
                 response.raise_for_status()
             except httpx2.TransportError:
                 assert self.api.process.wait(60) == -9

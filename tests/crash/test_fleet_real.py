@@ -26,7 +26,6 @@ def test_three_workers_make_the_bytes_of_one(tmp_path: Path) -> None:
             "ORTHOKV_STORAGE_URL": (tmp_path / "objects").as_uri(),
             "ORTHOKV_LAYERS_PER_FIT_STEP": "1",
             "ORTHOKV_IDLE_POLL_SECONDS": "0.1",
-            "ORTHOKV_ALLOW_LOCAL_MODELS": "true",
             "ORTHOKV_AUTH_REQUIRED": "false",  # keys have tests of their own
             "OMP_NUM_THREADS": "1",
         }

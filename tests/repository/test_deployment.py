@@ -146,7 +146,13 @@ def test_settings_of_the_cluster_exist() -> None:
 
 
 def test_settings_in_the_documents_exist() -> None:
-    others = {"ORTHOKV_URL", "ORTHOKV_API_KEY", "ORTHOKV_TEST_POSTGRES_URL", "ORTHOKV_TEST_REDIS_URL"}
+    others = {
+        "ORTHOKV_URL",
+        "ORTHOKV_API_KEY",
+        "ORTHOKV_TOKEN_FILE",
+        "ORTHOKV_TEST_POSTGRES_URL",
+        "ORTHOKV_TEST_REDIS_URL",
+    }
     others |= {"ORTHOKV_MLFLOW_TRACKING_URI"}
     known = {f"ORTHOKV_{name.upper()}" for name in Settings.model_fields} | others
     files = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").rglob("*.md")]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import structlog
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
@@ -27,6 +28,7 @@ from tests.support.paths import SCRIPTED_RUNNER
 from tests.support.postgres import postgres_url
 from tests.support.redis_server import PrivateRedis, redis_url
 from tests.support.s3 import Bucket, new_bucket, s3_endpoint
+from tests.support.tenants import OWNER, TOKEN
 
 # The default renderer draws tracebacks with all locals, which takes seconds.
 structlog.configure(
@@ -112,8 +114,8 @@ def settings(database_url: str, tmp_path: Path, script: Script) -> Settings:
     return Settings(
         data_dir=tmp_path / "data",
         database_url=database_url,
-        allow_local_models=True,
         auth_required=False,
+        token=SecretStr(TOKEN),
         allowed_hosts=("testserver",),
         poll_seconds=0.02,
         idle_poll_seconds=0.05,
@@ -142,7 +144,9 @@ def storage(settings: Settings) -> Storage:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+    """Of the owner, or of nobody where keys alone count."""
+    headers = {} if settings.auth_required else OWNER
+    with TestClient(create_app(settings), raise_server_exceptions=False, headers=headers) as client:
         yield client
 
 

@@ -61,7 +61,7 @@ def job_body(**changes: Any) -> dict[str, Any]:
 
 def queue_job(database: SyncDatabase, principal: Principal | None = None, **changes: Any) -> Job:
     body = JobCreate.model_validate(job_body(**changes))
-    settings = Settings(allow_local_models=True, gpu_classes=(body.gpu_class,))
+    settings = Settings(gpu_classes=(body.gpu_class,))
     return database.write(
         service.create, body=body, principal=principal or local_principal(), settings=settings
     )

@@ -91,14 +91,20 @@ class Server:
                 continue
         return None
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """With the owner's token, as it is since the last start."""
+        folder = Path(self._environment.get("ORTHOKV_DATA_DIR", self.data))
+        return {"Authorization": f"Bearer {(folder / 'token').read_text().strip()}"}
+
     def get(self, path: str, **query: Any) -> dict[str, Any]:
-        response = httpx2.get(self.url + path, params=query, timeout=60)
+        response = httpx2.get(self.url + path, params=query, headers=self.headers, timeout=60)
         response.raise_for_status()
         body: dict[str, Any] = response.json()
         return body
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        response = httpx2.post(self.url + path, json=body, timeout=60)
+        response = httpx2.post(self.url + path, json=body, headers=self.headers, timeout=60)
         response.raise_for_status()
         answer: dict[str, Any] = response.json()
         return answer

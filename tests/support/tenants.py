@@ -13,15 +13,20 @@ from starlette.routing import Route
 
 from app.auth.models import ApiKey
 from app.infra.database import SyncDatabase, now
+from app.infra.keys import generate_token
 from app.principal import Principal, Scope, local_principal
 from app.projects import service
 from app.projects.schemas import ApiKeyCreate, Limits, ProjectCreate
 
+TOKEN = generate_token()
+"""Of the owner of every application in these tests that does not take keys alone."""
 ALL = tuple(Scope)
 TENANT = tuple(scope for scope in Scope if scope is not Scope.ADMIN)
 
-PUBLIC = {"/livez", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
-"""Routes that anybody may call: they tell nothing that is not in the repository, but whether the server is well."""
+PROBES = {"/livez", "/readyz"}
+PUBLIC = {*PROBES, "/openapi.json", "/docs"}
+"""Routes that anybody may call where keys guard the others: they tell nothing that is not in the repository, but whether the
+server is well. On a loopback server only the probes are public."""
 
 
 def new_project(database: SyncDatabase, name: str, **limits: int) -> str:
@@ -30,7 +35,7 @@ def new_project(database: SyncDatabase, name: str, **limits: int) -> str:
 
 
 def principal_of(project_id: str) -> Principal:
-    return replace(local_principal(), project_id=project_id, actor="key_test")
+    return replace(local_principal(), project_id=project_id, actor="key_test", owner=False)
 
 
 def new_key(database: SyncDatabase, project_id: str, scopes: tuple[Scope, ...] = TENANT) -> str:
@@ -54,6 +59,9 @@ def _changed(database: SyncDatabase, key: str, **values: Any) -> str:
 
 def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
+
+
+OWNER = bearer(TOKEN)
 
 
 @dataclass(frozen=True)

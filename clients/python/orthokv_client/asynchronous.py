@@ -20,9 +20,9 @@ from orthokv_client.resources_async import (
 class AsyncOrthoKV(AsyncConnection):
     """One server: `async with AsyncOrthoKV(url) as client: ...`.
 
-    `url` is that of ORTHOKV_URL by default, and `api_key` that of ORTHOKV_API_KEY. `timeout_seconds` bounds connecting, sending
-    and every wait for bytes. All calls raise `ApiError` (a class of it for each kind of problem), `Unreachable` and
-    `UnexpectedAnswer`.
+    `url` is that of ORTHOKV_URL by default, and `api_key` that of ORTHOKV_API_KEY; a server of the same user on the loopback
+    needs none. `timeout_seconds` bounds connecting, sending and every wait for bytes. All calls raise `ApiError` (a class of
+    it for each kind of problem), `Unreachable` and `UnexpectedAnswer`.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from app.main import create_app
 from app.principal import DEFAULT_PROJECT_ID, Scope
 from app.settings import Settings
 from tests.support.factories import job_body
-from tests.support.tenants import ALL, TENANT, bearer, new_key, new_project
+from tests.support.tenants import ALL, OWNER, TENANT, bearer, new_key, new_project
 
 
 @pytest.fixture
@@ -140,8 +140,9 @@ class TestKeys:
         assert admin.post("/v1/api_keys", json=nowhere).status_code == 404
 
 
-def test_without_need_of_a_key_a_sent_one_still_counts(settings: Settings, database: SyncDatabase) -> None:
-    with TestClient(create_app(settings.model_copy(update={"auth_required": False}))) as client:
+def test_beside_the_owners_token_a_sent_key_still_counts(settings: Settings, database: SyncDatabase) -> None:
+    owned = settings.model_copy(update={"auth_required": False})
+    with TestClient(create_app(owned), headers=OWNER) as client:
         local = client.post("/v1/jobs", json=job_body()).json()["id"]
         tenant = bearer(new_key(database, new_project(database, "tenant")))
         assert client.get(f"/v1/jobs/{local}").status_code == 200

@@ -273,7 +273,8 @@ class TestExposure:
             assert httpx2.get(f"{server.url}/v1/jobs", headers=named).status_code == 401
             assert httpx2.get(f"{server.url}/v1/jobs", headers={**named, **bearer(key)}).status_code == 200
 
-    def test_a_local_server_says_that_it_asks_for_no_key(self, tmp_path: Path) -> None:
+    def test_a_local_server_says_that_it_asks_for_its_owner(self, tmp_path: Path) -> None:
         with Server(tmp_path / "data", {}) as server:
-            assert httpx2.get(f"{server.url}/v1/jobs").status_code == 200
-            assert "auth.off" in server.log()
+            assert httpx2.get(f"{server.url}/v1/jobs").status_code == 401
+            assert httpx2.get(f"{server.url}/v1/jobs", headers=server.headers).status_code == 200
+            assert "auth.owner" in server.log()

@@ -35,6 +35,7 @@ from app.settings import Settings
 from tests.support.factories import job_body, must_claim, queue_job
 from tests.support.hub import Hub, Repo, serve_hub
 from tests.support.paths import DEMO, REPOSITORY
+from tests.support.tenants import OWNER
 from workers.orders import load_order, prepare
 from workers.protocol import Error, File, Progress, Result, parse
 from workers.runner import Wire, run
@@ -314,19 +315,14 @@ class TestValidate:
         ]
         assert found["problems"][1]["errors"][0]["pointer"] == "/gpu_class"
 
-    @pytest.mark.parametrize("allowed", [True, False])
-    def test_local_folders_are_looked_at_only_where_they_are_allowed(
-        self, settings: Settings, tmp_path: Path, allowed: bool
-    ) -> None:
-        changed = settings.model_copy(update={"allow_local_models": allowed})
-        with TestClient(create_app(changed)) as client:
-            found = client.post("/v1/jobs:validate", json=job_body(model={"id": str(tmp_path)})).json()
+    def test_an_owner_is_told_what_a_folder_holds(self, client: TestClient, tmp_path: Path) -> None:
+        found = client.post("/v1/jobs:validate", json=job_body(model={"id": str(tmp_path)})).json()
         (problem,) = found["problems"]
-        assert problem["code"] == ("model_invalid" if allowed else "local_models_disabled")
+        assert problem["code"] == "model_invalid"
         assert found["estimate"]["minutes"] is None
 
     def test_an_unknown_model_is_no_problem(self, settings: Settings) -> None:
-        with TestClient(create_app(settings.model_copy(update={"hub_url": ""}))) as client:
+        with TestClient(create_app(settings.model_copy(update={"hub_url": ""})), headers=OWNER) as client:
             found = client.post("/v1/jobs:validate", json=job_body()).json()
         assert found["valid"]
         assert found["estimate"]["known_from"] == "nothing"
@@ -396,7 +392,7 @@ def test_runs_without_a_polish_foretell_none_with_one(
                 )
 
     database.write(noted)
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), headers=OWNER) as client:
         body = job_body(model=LOCAL, dataset={"source": "self"}, polish_steps=polish)
         assert client.post("/v1/jobs:validate", json=body).json()["estimate"]["basis"].startswith(basis)
 
@@ -411,7 +407,7 @@ def test_past_runs_foretell_a_size_that_was_never_run(
     body = job_body(model=LOCAL, dataset={"source": "self", **unseen}, method={"steps": 5, "refine_steps": 5})
     for samples, length in ((2, 64), (8, 128), (4, 96), (12, 64)):
         run_job(database, storage, settings, tmp_path, num_samples=samples, sequence_length=length)
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), headers=OWNER) as client:
         estimate = client.post("/v1/jobs:validate", json=body).json()["estimate"]
     assert estimate["basis"] == "fitted to 4 past runs"
     jobs = [run_job(database, storage, settings, tmp_path, **unseen) for _ in range(3)]

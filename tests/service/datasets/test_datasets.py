@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from app.main import create_app
 from app.settings import Settings
+from tests.support.tenants import OWNER
 
 CONTENT = os.urandom(10_000)
 DIGEST = base64.b64encode(hashlib.sha256(CONTENT).digest()).decode()
@@ -93,7 +94,7 @@ class TestDatasets:
 
     def test_an_upload_that_is_too_large_leaves_nothing(self, settings: Settings) -> None:
         small = settings.model_copy(update={"max_dataset_bytes": 1000})
-        with TestClient(create_app(small)) as client:
+        with TestClient(create_app(small), headers=OWNER) as client:
             dataset = announce(client)
             assert dataset["upload"]["max_bytes"] == 1000
             response = client.put(dataset["upload"]["url"], content=b"x" * 1001)
@@ -103,7 +104,7 @@ class TestDatasets:
 
     def test_an_upload_is_larger_than_any_other_body_may_be(self, settings: Settings) -> None:
         tight = settings.model_copy(update={"max_body_bytes": 100})
-        with TestClient(create_app(tight)) as client:
+        with TestClient(create_app(tight), headers=OWNER) as client:
             dataset = announce(client)
             assert client.put(dataset["upload"]["url"], content=b"x" * 10_000).status_code == 200
 

@@ -47,7 +47,7 @@ from tests.support.factories import (
     read_job,
 )
 from tests.support.s3 import Bucket
-from tests.support.tenants import ALL, bearer, local_principal, new_key, new_project, principal_of
+from tests.support.tenants import ALL, OWNER, bearer, local_principal, new_key, new_project, principal_of
 
 ALL_AGES = timedelta(seconds=-5)
 DAY = 86_400.0
@@ -566,7 +566,7 @@ def test_a_download_that_lost_its_file_does_not_end_the_server(
     broken = client.get(f"/v1/artifacts/{artifact}/content")
     assert (broken.status_code, broken.json()["code"]) == (500, "internal")
     api = create_app(settings)
-    with TestClient(api, raise_server_exceptions=False) as racing:
+    with TestClient(api, raise_server_exceptions=False, headers=OWNER) as racing:
         opened = api.state.storage.open
 
         async def deleted_meanwhile(key: str, start: int, end: int) -> Any:

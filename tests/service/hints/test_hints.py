@@ -25,6 +25,7 @@ from tests.service.workers.test_supervisor import running, until
 from tests.support.factories import Script, job_body, queue_job, read_job
 from tests.support.paths import REPOSITORY
 from tests.support.redis_server import PrivateRedis
+from tests.support.tenants import OWNER
 
 NOBODY = "redis://127.0.0.1:9/0"
 
@@ -51,7 +52,7 @@ def hinted(settings: Settings, broker_url: str, gpu_class: str) -> Settings:
 def test_a_hint_wakes_a_sleeping_worker(
     database: SyncDatabase, hinted: Settings, script: Script, gpu_class: str
 ) -> None:
-    with running(hinted), TestClient(create_app(hinted)) as client:
+    with running(hinted), TestClient(create_app(hinted), headers=OWNER) as client:
         for _ in range(2):  # the first may be found at the start, the second only by its hint
             job = client.post("/v1/jobs", json=job_body(gpu_class=gpu_class)).json()
             until(lambda: read_job(database, job["id"]).status in TERMINAL, "the job ends")  # noqa: B023
@@ -110,7 +111,7 @@ def test_without_redis_workers_look_by_themselves(
     database: SyncDatabase, settings: Settings, script: Script
 ) -> None:
     away = settings.model_copy(update={"broker_url": NOBODY})
-    with running(away), TestClient(create_app(away)) as client:
+    with running(away), TestClient(create_app(away), headers=OWNER) as client:
         posted = client.post("/v1/jobs", json=job_body())
         assert posted.status_code == 201
         until(lambda: read_job(database, posted.json()["id"]).status in TERMINAL, "the job ends")

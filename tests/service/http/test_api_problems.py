@@ -153,15 +153,6 @@ def test_other_sites_cannot_post(client: TestClient) -> None:
     problem_of(client.post(path, headers={"Origin": "http://testserver:8000"}), 404, Code.NOT_FOUND)
 
 
-def test_local_models_need_leave(settings: Settings) -> None:
-    strict = settings.model_copy(update={"allow_local_models": False})
-    with TestClient(create_app(strict)) as client:
-        response = client.post("/v1/jobs", json=job_body(model={"id": "/root/model"}))
-        problem_of(response, 422, Code.LOCAL_MODELS_DISABLED)
-    with TestClient(create_app(settings)) as client:
-        assert client.post("/v1/jobs", json=job_body(model={"id": "/root/model"})).status_code == 201
-
-
 def test_probes_and_request_ids(client: TestClient) -> None:
     assert client.get("/readyz").json() == {"status": "ok"}
 

@@ -49,7 +49,7 @@ def api(database_url: str, tmp_path: Path) -> Iterator[Api]:
     environment = {
         "ORTHOKV_DATABASE_URL": database_url,
         "ORTHOKV_DATA_DIR": str(tmp_path / "data"),
-        "ORTHOKV_ALLOW_LOCAL_MODELS": "true",
+        "ORTHOKV_MODEL_ROOTS": '["/"]',
         "ORTHOKV_HUB_URL": "",
         "ORTHOKV_RATE_LIMIT_REQUESTS": "1000000",
         "ORTHOKV_MAX_WAIT_SECONDS": "0.1",

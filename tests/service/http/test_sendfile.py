@@ -22,6 +22,7 @@ from app.http.sendfile import ZERO_COPY
 from app.settings import Settings
 from tests.support.orthokv_server import until
 from tests.support.serving import listening, planted, serving
+from tests.support.tenants import OWNER
 
 CONTENT = os.urandom(9_000_001)
 
@@ -141,10 +142,10 @@ def test_artifacts_are_sent_so(settings: Settings, tmp_path: Path, monkeypatch: 
     artifact_id = planted(settings, CONTENT, tmp_path)
     with serving(settings) as url:
         path = f"{url}/v1/artifacts/{artifact_id}/content"
-        whole = httpx2.get(path)
+        whole = httpx2.get(path, headers=OWNER)
         assert (whole.status_code, whole.content) == (200, CONTENT)
         assert whole.headers["content-length"] == str(len(CONTENT))
-        part = httpx2.get(path, headers={"Range": "bytes=5-1000004"})
+        part = httpx2.get(path, headers={"Range": "bytes=5-1000004", **OWNER})
         assert (part.status_code, part.content) == (206, CONTENT[5:1000005])
         assert part.headers["content-range"] == f"bytes 5-1000004/{len(CONTENT)}"
-        assert httpx2.head(path).headers["content-length"] == str(len(CONTENT))
+        assert httpx2.head(path, headers=OWNER).headers["content-length"] == str(len(CONTENT))

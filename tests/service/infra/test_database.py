@@ -25,6 +25,7 @@ from app.migrate import alembic_config, upgrade
 from app.principal import DEFAULT_PROJECT_ID
 from app.settings import Settings
 from tests.support.postgres import postgres_url
+from tests.support.tenants import OWNER
 
 
 def test_the_clock_is_the_present_in_utc(database: SyncDatabase) -> None:
@@ -113,7 +114,7 @@ def test_a_request_that_gets_no_connection_in_time_is_told_so(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.infra.database._WAIT_SECONDS", 0.05)
-    with TestClient(create_app(settings)) as client:
+    with TestClient(create_app(settings), headers=OWNER) as client:
         database = client.app.state.database  # type: ignore[attr-defined]
         monkeypatch.setattr(database, "_readers", asyncio.Semaphore(0))
         answer = client.get("/v1/jobs")

@@ -24,6 +24,7 @@ from app.settings import Settings
 from tests.service.infra.test_storage import chunks, source
 from tests.support.factories import advance, queue_job
 from tests.support.s3 import Bucket
+from tests.support.tenants import OWNER
 
 NOW = timedelta(seconds=-5)
 LARGE = 12_000_000  # several parts of a multipart upload
@@ -166,7 +167,7 @@ def artifact(database: SyncDatabase, in_bucket: Settings, tmp_path: Path) -> Art
 
 def test_downloads_are_sent_to_the_bucket_for_a_short_time(in_bucket: Settings, artifact: Artifact) -> None:
     path = f"/v1/artifacts/{artifact.id}/content"
-    with TestClient(create_app(in_bucket)) as client:
+    with TestClient(create_app(in_bucket), headers=OWNER) as client:
         answer = client.get(path, follow_redirects=False)
         assert answer.status_code == 307
         assert answer.headers["cache-control"] == "no-store"
@@ -182,7 +183,7 @@ def test_downloads_are_sent_to_the_bucket_for_a_short_time(in_bucket: Settings, 
 
 def test_without_the_setting_the_api_sends_the_bytes(in_bucket: Settings, artifact: Artifact) -> None:
     streaming = in_bucket.model_copy(update={"signed_download_seconds": None})
-    with TestClient(create_app(streaming)) as client:
+    with TestClient(create_app(streaming), headers=OWNER) as client:
         answer = client.get(
             f"/v1/artifacts/{artifact.id}/content",
             headers={"Range": "bytes=2-4"},

@@ -19,6 +19,7 @@ from app.jobs.models import Job
 from app.main import create_app
 from app.settings import Settings
 from tests.support.factories import POLICY, Script, job_body, must_claim, queue_job, read_job
+from tests.support.tenants import OWNER
 from workers.supervisor import Supervisor
 
 
@@ -68,7 +69,9 @@ class TestTimeBudget:
         assert failed.error.message == "The job has used all of its max_runtime_minutes."
 
     def test_the_server_has_a_limit_for_jobs_that_name_none(self, settings: Settings) -> None:
-        with TestClient(create_app(settings.model_copy(update={"max_runtime_minutes": 7}))) as client:
+        with TestClient(
+            create_app(settings.model_copy(update={"max_runtime_minutes": 7})), headers=OWNER
+        ) as client:
             made = [
                 client.post("/v1/jobs", json=job_body(**asked)).json()["max_runtime_minutes"]
                 for asked in ({}, {"max_runtime_minutes": 90})
@@ -89,7 +92,7 @@ class TestStatements:
     @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
     def test_a_request_that_waits_for_a_lock_is_503(self, database: SyncDatabase, settings: Settings) -> None:
         hasty = settings.model_copy(update={"lock_timeout_seconds": 0.1})
-        with TestClient(create_app(hasty), raise_server_exceptions=False) as client:
+        with TestClient(create_app(hasty), headers=OWNER, raise_server_exceptions=False) as client:
 
             def while_locked(session: object) -> tuple[int, str]:
                 database_session = session

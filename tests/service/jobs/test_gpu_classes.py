@@ -30,6 +30,7 @@ from tests.support.factories import (
     read_job,
 )
 from tests.support.postgres import postgres_url
+from tests.support.tenants import OWNER
 
 
 def test_workers_claim_their_own_classes_only(database: SyncDatabase) -> None:
@@ -105,7 +106,7 @@ def test_hints_are_sent_again_to_the_classes_that_wait(database: SyncDatabase) -
 
 def test_the_api_takes_its_own_classes_only(settings: Settings) -> None:
     fleet = settings.model_copy(update={"gpu_classes": ("default", "h100")})
-    with TestClient(create_app(fleet)) as client:
+    with TestClient(create_app(fleet), headers=OWNER) as client:
         assert client.post("/v1/jobs", json=job_body()).json()["gpu_class"] == "default"
         assert client.post("/v1/jobs", json=job_body(gpu_class="h100")).json()["gpu_class"] == "h100"
         unknown = client.post("/v1/jobs", json=job_body(gpu_class="tpu"))

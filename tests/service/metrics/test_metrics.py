@@ -44,7 +44,7 @@ from tests.support.factories import (
     read_job,
 )
 from tests.support.scrape import counted, scrape, values
-from tests.support.tenants import bearer, new_key
+from tests.support.tenants import OWNER, bearer, new_key
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ class TestRequests:
         few = settings.model_copy(update={"rate_limit_requests": 1})
         key = bearer(new_key(database, DEFAULT_PROJECT_ID))
         before = counted("orthokv_problems_total", code="rate_limited")
-        with TestClient(create_app(few)) as client:
+        with TestClient(create_app(few), headers=OWNER) as client:
             statuses = [client.get("/v1/jobs", headers=key).status_code for _ in range(3)]
         assert statuses == [200, 429, 429]
         assert counted("orthokv_problems_total", code="rate_limited") == before + 2

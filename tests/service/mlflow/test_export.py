@@ -249,7 +249,7 @@ def test_a_failed_job_is_a_failed_run_and_its_retry_the_same_run_finished(
     assert own(first["data"])["orthokv.error"] == failed["error"]["code"]
     assert not any(job_id == tags(version)["orthokv.job_id"] for version in tracking.versions(name))
     script.write()
-    httpx2.post(f"{server.url}/v1/jobs/{job_id}/retry").raise_for_status()
+    httpx2.post(f"{server.url}/v1/jobs/{job_id}/retry", headers=server.headers).raise_for_status()
     server.wait_for_end(job_id)
     follower.sweep()
     second = tracking.runs(name)[job_id]

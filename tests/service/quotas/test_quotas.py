@@ -17,7 +17,7 @@ from app.projects.schemas import Limits
 from app.settings import Settings
 from tests.support.factories import finish, job_body, must_claim, queue_job
 from tests.support.paths import DEMO
-from tests.support.tenants import bearer, new_key, new_project, principal_of
+from tests.support.tenants import OWNER, bearer, new_key, new_project, principal_of
 from workers.orders import load_order
 
 
@@ -52,7 +52,9 @@ class TestQueuedJobs:
         assert client.post("/v1/jobs", json=job_body(), headers=other).status_code == 201
 
     def test_the_setting_is_the_default(self, settings: Settings) -> None:
-        with TestClient(create_app(settings.model_copy(update={"max_queued_jobs": 0}))) as client:
+        with TestClient(
+            create_app(settings.model_copy(update={"max_queued_jobs": 0})), headers=OWNER
+        ) as client:
             assert client.post("/v1/jobs", json=job_body()).json()["code"] == "queue_full"
 
     def test_a_retry_takes_a_place(self, client: TestClient, database: SyncDatabase) -> None:

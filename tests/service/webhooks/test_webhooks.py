@@ -39,7 +39,7 @@ from app.webhooks.service import MAX_ENDPOINTS
 from tests.support.factories import advance, claim_next, complete, job_body, must_claim, queue_job
 from tests.support.orthokv_server import until
 from tests.support.receiver import Receiver, Reply
-from tests.support.tenants import bearer, new_key, new_project, principal_of
+from tests.support.tenants import OWNER, bearer, new_key, new_project, principal_of
 
 URL = "https://hooks.example.com/orthokv"
 
@@ -167,7 +167,7 @@ class TestEndpoints:
 
     def test_a_server_without_a_key_refuses_in_one_sentence(self, settings: Settings) -> None:
         keyless = settings.model_copy(update={"secret_keys": SecretStr("")})
-        with TestClient(create_app(keyless)) as client:
+        with TestClient(create_app(keyless), headers=OWNER) as client:
             answer = client.post("/v1/webhook_endpoints", json={"url": URL})
         assert (answer.status_code, answer.json()["code"]) == (422, "webhooks_disabled")
         assert "ORTHOKV_SECRET_KEYS" in answer.json()["detail"]
@@ -716,7 +716,9 @@ class TestSenders:
         ]
 
     def test_the_server_itself_sends(self, settings: Settings, receiver: Receiver) -> None:
-        with TestClient(create_app(settings.model_copy(update={"webhook_senders": 2}))) as client:
+        with TestClient(
+            create_app(settings.model_copy(update={"webhook_senders": 2})), headers=OWNER
+        ) as client:
             made = subscribe(client, receiver.url)
             client.post("/v1/jobs", json=job_body())
             until(lambda: receiver.requests, "a message comes")
