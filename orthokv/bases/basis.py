@@ -8,7 +8,8 @@ Columns are ordered: the first ``r`` columns are the basis of rank ``r``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -139,14 +140,23 @@ class LayerBases(Protocol):
     def value(self) -> Basis | None: ...
 
     @property
-    def store_dtype(self) -> torch.dtype | None:
-        """Dtype of stored latents; None stores the model's own."""
+    def codec(self) -> str:
+        """The name of the codec that latents are stored by."""
+
+    @property
+    def identity(self) -> str:
+        """What a cache knows the bases by that it was filled with: equal for bases of one checkpoint, in every process."""
+
+
+def _own_identity() -> str:
+    return uuid.uuid4().hex
 
 
 @dataclass(frozen=True)
 class Bases:
-    """The plain implementation of :class:`LayerBases`, used while fitting."""
+    """The plain implementation of `LayerBases`, used while fitting. Without a checkpoint, each has an identity of its own."""
 
     key: Basis | None
     value: Basis | None
-    store_dtype: torch.dtype | None = None
+    codec: str = "native"
+    identity: str = field(default_factory=_own_identity, compare=False, repr=False)

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from orthokv.bases.basis import Bases
 from orthokv.plan.plan import Plan
 from orthokv.plan.profile import ErrorProfile
-from orthokv.runtime.codecs import DEFAULT_CODEC, store_dtype
+from orthokv.runtime.codecs import DEFAULT_CODEC
 
 
 def on_model(model: PreTrainedModel, bases: Bases, codec: str = "native") -> Bases:
@@ -15,7 +15,7 @@ def on_model(model: PreTrainedModel, bases: Bases, codec: str = "native") -> Bas
     assert bases.key is not None
     assert bases.value is not None
     device, dtype = model.device, model.dtype
-    return Bases(bases.key.to(device, dtype), bases.value.to(device, dtype), store_dtype(codec, dtype))
+    return Bases(bases.key.to(device, dtype), bases.value.to(device, dtype), codec)
 
 
 def planned_bases(

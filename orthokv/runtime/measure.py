@@ -7,24 +7,29 @@ from collections.abc import Sequence
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from orthokv.bases.basis import LayerBases
-from orthokv.runtime.cache import adopt_layer, cache_bytes
+from orthokv.bases.basis import Bases, LayerBases
+from orthokv.runtime.cache import Storing, both_sides, cache_bytes
+from orthokv.runtime.call import Call
+from orthokv.runtime.codecs import DEFAULT_CODEC
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.vocabulary import KeyMode
 
 
-def live_bytes_per_token(geometry: Geometry, bases: Sequence[LayerBases], key_mode: KeyMode) -> int:
-    """Put one token into a real cache in 16 bits and count what it holds."""
+def live_bytes_per_token(
+    geometry: Geometry,
+    bases: Sequence[LayerBases],
+    key_mode: KeyMode,
+    codec: str = DEFAULT_CODEC,
+    dtype: torch.dtype = torch.bfloat16,
+) -> int:
+    """Put one token of a model of `dtype` into a real cache and count what it holds, by `codec` whatever the bases name."""
     cache = DynamicCache()
-    shape = (1, geometry.kv_heads, 1, geometry.head_dim)
     for index, layer_bases in enumerate(bases):
         window = geometry.window(index)
         cache.layers.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(window))
-        positions = key_mode == "pre" and geometry.uses_rope(index)
-        layer = adopt_layer(cache, index, layer_bases, positions=positions)
-        layer.pending_positions = torch.zeros(1, 1) if positions else None
-        # Only sizes matter: a plain bfloat16 tensor stands for what a 16-bit model would hand over.
-        layer.store(
-            torch.zeros(shape, dtype=torch.float32), torch.zeros(shape, dtype=torch.float32), torch.bfloat16
-        )
+        key, value = (basis.to(dtype=dtype) for basis in both_sides(layer_bases))
+        positions = torch.zeros(1, 1) if key_mode == "pre" and geometry.uses_rope(index) else None
+        call = Call(Bases(key, value, codec), tables=None, positions=positions)
+        token = torch.zeros((1, geometry.kv_heads, 1, geometry.head_dim), dtype=dtype)
+        Storing(cache, call).update(token, token, index)
     return cache_bytes(cache)
