@@ -60,8 +60,7 @@ class BlockLayer(DynamicLayer):
         whole = keys.shape[-2] // self.block * self.block
         if whole:
             new = tuple(
-                codec.pack(z[..., :whole, :])
-                for codec, z in zip(self.codecs, (keys, values), strict=True)
+                codec.pack(z[..., :whole, :]) for codec, z in zip(self.codecs, (keys, values), strict=True)
             )
             old = self.packed
             self.packed = new if old is None else tuple(map(_join, old, new))
