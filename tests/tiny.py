@@ -11,6 +11,7 @@ import copy
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -285,7 +286,10 @@ def tiny_seam(model: PreTrainedModel, key_mode: KeyMode, bases: list[Bases] | No
     """A model compressed by :func:`tiny_bases` unless by others."""
     with Seam(model, key_mode) as seam:
         for layer, found in enumerate(bases or tiny_bases(seam.geometry)):
-            seam.set_bases(layer, found)
+            assert found.key is not None
+            assert found.value is not None
+            key, value = (basis.to(dtype=model.dtype) for basis in (found.key, found.value))
+            seam.set_bases(layer, replace(found, key=key, value=value))
         yield seam
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from orthokv.models.mpt import mpt_attention
-from orthokv.models.rotary import Rotation
+from orthokv.models.rotary import PLAIN, Rotation
 from orthokv.spec.errors import UnsupportedModel
 
 
@@ -54,7 +54,7 @@ class Architecture:
     rotary: str | None = "model.rotary_emb"
     rotates: Callable[[Any, int], bool] = _every_layer
     tables_by_layer_type: bool = False
-    rotation: Rotation = Rotation()
+    rotation: Rotation = PLAIN
     grouped_heads: bool = True
     cache_argument: str = "past_key_values"
     max_positions: str = "max_position_embeddings"

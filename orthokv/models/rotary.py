@@ -48,7 +48,7 @@ class Rotation:
         return cos, sin
 
     def turn(self, x: Tensor, tables: Tables) -> Tensor:
-        """`x` `[B, heads, T, head_dim]`, as many leading numbers of each head turned as the tables `[B, T, width / 2]` cover."""
+        """`x` `[B, heads, T, head_dim]` with the first `width` numbers of each head turned; tables as of `once`."""
         cos, sin = (table.unsqueeze(1) for table in tables)
         width = 2 * cos.shape[-1]
         turned, rest = x[..., :width], x[..., width:]
@@ -59,12 +59,12 @@ class Rotation:
         else:
             first, second = turned[..., : width // 2], turned[..., width // 2 :]
         both = (first * cos - second * sin, second * cos + first * sin)
-        if self.interleaved:
-            turned = torch.stack(both, dim=-1).flatten(-2)
-        else:
-            turned = torch.cat(both, dim=-1)
+        turned = torch.stack(both, dim=-1).flatten(-2) if self.interleaved else torch.cat(both, dim=-1)
         turned = turned.to(x.dtype)
         return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
+
+
+PLAIN = Rotation()
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class BlockLayer(DynamicLayer):
     """A growing layer of latents whose whole blocks are packed: `packed` before, `keys` and `values` after them."""
 
     def __init__(self, key: Codec, value: Codec) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.codecs = (key, value)
         self.block = block_of(key, value)
         self.packed: tuple[Tensor, Tensor] | None = None
@@ -62,8 +62,8 @@ class BlockLayer(DynamicLayer):
             new = tuple(
                 codec.pack(z[..., :whole, :]) for codec, z in zip(self.codecs, (keys, values), strict=True)
             )
-            old = self.packed
-            self.packed = new if old is None else tuple(map(_join, old, new))
+            old = (None, None) if self.packed is None else self.packed
+            self.packed = (_join(old[0], new[0]), _join(old[1], new[1]))
             # Copies: a view would keep the packed tokens' numbers alive.
             self.keys, self.values = keys[..., whole:, :].clone(), values[..., whole:, :].clone()
         return cast("tuple[Tensor, Tensor]", (self.keys, self.values))
@@ -103,11 +103,11 @@ class BlockLayer(DynamicLayer):
         self.packed = self._each(lambda rows, _: rows[indices, ...])
 
     def offload(self) -> None:
-        super().offload()
+        super().offload()  # type: ignore[no-untyped-call]
         self.packed = self._each(lambda rows, _: rows.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        super().prefetch()
+        super().prefetch()  # type: ignore[no-untyped-call]
         self.packed = self._each(lambda rows, _: rows.to(self.device, non_blocking=True))
 
     def _each(self, change: Callable[[Tensor, Codec], Tensor]) -> tuple[Tensor, Tensor] | None:
@@ -117,5 +117,5 @@ class BlockLayer(DynamicLayer):
         return change(key, self.codecs[0]), change(value, self.codecs[1])
 
 
-def _join(old: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([old, new], dim=-2)
+def _join(old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else torch.cat([old, new], dim=-2)

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from orthokv.spec.errors import InvalidDataset, InvalidSetting
-from orthokv.text.blocks import Blocks, evenly
 from orthokv.text import readers
+from orthokv.text.blocks import Blocks, evenly
 from orthokv.text.readers import cut, read_texts
 from orthokv.text.source import TextSource
 

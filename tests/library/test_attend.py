@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from orthokv.bases.basis import Basis
+from orthokv.models.rotary import Rotation
 from orthokv.runtime import attend as attending
 from orthokv.runtime.attend import (
     TABLE,
@@ -52,7 +53,7 @@ def step(keys: Held, values: Held, tokens: int = 1, turn: Turn | None = None) ->
 
 
 def a_turn() -> Turn:
-    rotation = attending.Rotation()
+    rotation = Rotation()
     tables = [(torch.rand(2, n, 4).cos(), torch.rand(2, n, 4).sin()) for n in (1, 11)]
     return Turn(rotation, tables[0], tables[1])
 
@@ -129,7 +130,7 @@ def test_the_seam_asks_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str | None]] = []
 
     def noted(asked: Step) -> Attended:
-        seen.append((asked.query.device.type, asked.keys.codec and asked.keys.codec.name))
+        seen.append((asked.query.device.type, asked.keys.codec.name if asked.keys.codec else None))
         return attending.reference(asked)
 
     monkeypatch.setattr(attending, "TABLE", (Implementation("noted", noted, query_tokens=1), *TABLE))

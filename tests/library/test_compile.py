@@ -93,7 +93,7 @@ def test_compression_adds_no_graph(name: str) -> None:
 def test_a_trained_model_runs_compiled_to_machine_code(key_mode: KeyMode) -> None:
     if not MODEL.is_dir():
         pytest.skip(f"the trained model is not here: {MODEL}")
-    model = load_model(resolve_model(str(MODEL)))
+    model: Any = load_model(resolve_model(str(MODEL))).float()
     ids = tiny_tokens(2, LENGTH)
     with tiny_seam(model, key_mode):
         expected = decode(model, model, ids)

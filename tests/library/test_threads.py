@@ -118,7 +118,7 @@ def test_bases_are_those_at_the_time_of_the_call() -> None:
         expected = model(ids, use_cache=False).logits
         others = tiny_bases(seam.geometry, seed=1)
         handles = [
-            module.register_forward_pre_hook(lambda _, args, i=i: seam.set_bases(i, others[i]))  # type: ignore[misc]
+            module.register_forward_pre_hook(lambda _, args, i=i: seam.set_bases(i, others[i]))
             for i, module in enumerate(seam.modules)
         ]
         assert torch.equal(model(ids, use_cache=False).logits, expected)

@@ -30,7 +30,7 @@ class Codec(Protocol):
         """Tokens of a row."""
 
     def pack(self, z: Tensor) -> Tensor:
-        """Latents `[..., T, rank]` -> rows `[..., T / block, n]` of `row_bytes(rank)` bytes each; T is a multiple of `block`."""
+        """Latents `[..., T, rank]`, T a multiple of `block` -> rows `[..., T / block, n]` of `row_bytes(rank)` bytes."""
 
     def unpack(self, rows: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
         """Rows `[..., R, n]` -> latents `[..., R * block, rank]` in `dtype`."""
