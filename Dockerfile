@@ -9,6 +9,9 @@ COPY pyproject.toml constraints.txt deploy/requirements.py ./
 RUN python requirements.py server broker otel > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
 
+# Of the library its words alone.
+COPY orthokv/__init__.py orthokv/
+COPY orthokv/spec orthokv/spec
 COPY app app
 COPY migrations migrations
 

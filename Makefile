@@ -21,13 +21,13 @@ help:
 	@echo "make audit    known vulnerabilities of the pinned dependencies (asks PyPI); ARGS=\"--format cyclonedx-json --output sbom.json\" for a list of parts"
 	@echo "make format   rewrite sources as the linter wants them"
 	@echo "make openapi  write openapi.json from the code, and the client's models from that"
-	@echo "make client   write the generated parts of orthokv/client"
+	@echo "make client   write the generated parts of clients/python"
 	@echo "make table    write the support table in docs/architectures.md from the registry and the tests"
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml clients/python/pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not on the PATH: set PYTHON=... to a Python 3.11 or newer" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" -e ./clients/python
 	@touch $@
 
 install: $(STAMP)
@@ -73,9 +73,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m app.openapi --check
-	$(BIN)/python -m tests.client_sources --check
-	$(BIN)/python -m tests.support_table --check
+	$(BIN)/python -m tools.openapi --check
+	$(BIN)/python -m tools.client_sources --check
+	$(BIN)/python -m tools.support_table --check
 	$(BIN)/python -m app.migrate --check
 	$(BIN)/yamllint --strict -c .yamllint.yml .yamllint.yml docker-compose.yml deploy
 	$(BIN)/hadolint Dockerfile gpu_worker.Dockerfile
@@ -101,17 +101,17 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 openapi: $(STAMP)
-	$(BIN)/python -m app.openapi
-	$(BIN)/python -m tests.client_sources
+	$(BIN)/python -m tools.openapi
+	$(BIN)/python -m tools.client_sources
 
 client: $(STAMP)
-	$(BIN)/python -m tests.client_sources
+	$(BIN)/python -m tools.client_sources
 
 bench-download: $(STAMP)
 	$(BIN)/python -m benchmarks.service_download $(ARGS)
 
 table: $(STAMP)
-	$(BIN)/python -m tests.support_table
+	$(BIN)/python -m tools.support_table
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info clients/python/build clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -17,7 +17,8 @@ COPY orthokv orthokv
 COPY app app
 COPY workers workers
 COPY migrations migrations
-RUN pip install -c constraints.txt ".[worker,otel]"
+COPY clients/python clients/python
+RUN pip install -c constraints.txt ".[worker,otel]" ./clients/python
 
 RUN useradd --uid 10001 --create-home orthokv && install -d -o orthokv /data
 USER 10001

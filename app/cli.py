@@ -46,15 +46,15 @@ def api(
 ) -> None:
     """Run the API of a fleet; `orthokv worker` runs the jobs. ORTHOKV_* variables name database and store."""
     from app.auth.exposure import Exposed, require_auth, require_key
-    from app.logs import configure
+    from app.infra.logs import configure
+    from app.infra.storage import open_storage
+    from app.infra.tracing import configure as configure_tracing
     from app.main import create_app
     from app.metrics.port import api_metrics
     from app.migrate import require_schema
     from app.server import bound, leave_on_signals
     from app.server import serve as serve_api
     from app.settings import Settings
-    from app.storage import open_storage
-    from app.tracing import configure as configure_tracing
 
     with starting(Exposed):
         settings = Settings()

@@ -18,14 +18,14 @@ from pathlib import Path
 import structlog
 from pydantic import SecretStr
 
-from app import tracing
 from app.auth.exposure import require_key
-from app.ids import new_id
-from app.logs import configure
+from app.infra import tracing
+from app.infra.ids import new_id
+from app.infra.logs import configure
+from app.infra.sealing import own_key
 from app.main import create_app
 from app.metrics.port import api_metrics
 from app.migrate import upgrade
-from app.sealing import own_key
 from app.server import bound, leave_on_signals, serve
 from app.settings import Settings, split_keys
 

@@ -10,31 +10,33 @@ from fastapi import FastAPI
 
 import app.artifacts.routes
 import app.audit.routes
-import app.auth.routes
 import app.checkpoints.routes
 import app.costs.routes
 import app.datasets.routes
-import app.events.routes
-import app.health
+import app.deletion.routes
+import app.http.health
+import app.jobs.event_routes
 import app.jobs.routes
 import app.profiles.routes
+import app.projects.routes
 import app.quotas.routes
 import app.webhooks.routes
-from app import errors, failpoints, tracing
 from app.audit.window import NotedOnce
 from app.auth.rate import RateLimit
-from app.database import Database, SyncDatabase, Timeouts
-from app.events.routes import StreamSlots
-from app.jobs.dispatch import make_dispatcher
-from app.jobs.reaper import Reaper
+from app.hints.dispatch import make_dispatcher
+from app.http import errors
+from app.http.middleware import LocalOnly, PlainQueries, RequestIds
+from app.http.openapi import API_VERSION, describe
+from app.infra import failpoints, tracing
+from app.infra.database import Database, SyncDatabase, Timeouts
+from app.infra.outbound import Outbound
+from app.infra.sealing import make_sealer
+from app.infra.storage import open_storage
+from app.jobs.event_routes import StreamSlots
 from app.jobs.waiting import JobWatch
 from app.metrics.requests import Requests
-from app.middleware import LocalOnly, PlainQueries, RequestIds
-from app.openapi import API_VERSION, describe
-from app.outbound import Outbound
-from app.sealing import make_sealer
+from app.reaper import Reaper
 from app.settings import Settings
-from app.storage import open_storage
 from app.webhooks.sender import Sender
 
 DESCRIPTION = """Calibration as a service for KV-cache compression.
@@ -106,16 +108,17 @@ def create_app(settings: Settings) -> FastAPI:
         app.datasets.routes.upload_router,
         app.jobs.routes.router,
         app.costs.routes.router,
-        app.events.routes.router,
+        app.jobs.event_routes.router,
         app.profiles.routes.router,
         app.checkpoints.routes.router,
         app.artifacts.routes.router,
+        app.deletion.routes.router,
         app.quotas.routes.router,
-        app.auth.routes.projects,
-        app.auth.routes.keys,
+        app.projects.routes.projects,
+        app.projects.routes.keys,
         app.audit.routes.router,
         app.webhooks.routes.router,
-        app.health.router,
+        app.http.health.router,
     ):
         api.include_router(router)
     describe(api)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from orthokv.spec import budget as budgets
+from orthokv.spec import vocabulary as words
+from orthokv.spec.budget import Metric
+from orthokv.spec.rankgrid import RankGrid
+from orthokv.spec.target import Target
 
 
 class Body(BaseModel):
@@ -84,6 +90,12 @@ PolishSteps = Annotated[
 ]
 
 
+Form = Annotated[
+    words.Form,
+    Field(description="`adapter`: bases only. `full`: with the base model's own files, loadable by path."),
+]
+
+
 class Budget(Body):
     """How much may be lost, or kept."""
 
@@ -94,7 +106,7 @@ class Budget(Body):
         }
     )
 
-    metric: Literal["kept", "layer_error", "perplexity_increase"] = Field(
+    metric: Metric = Field(
         description="`kept`: stored bytes of the cache / bytes of the 16-bit cache. "
         "`layer_error`: relative error of the worst layer's output. "
         "`perplexity_increase`: relative, on a held-out slice of the calibration data."
@@ -107,17 +119,29 @@ class Budget(Body):
             raise ValueError("kept is a share and must be at most 1")
         return self
 
-
-def refuse_polish(budget: Budget, polish_steps: int | None) -> None:
-    """Raises `ValueError` where a polish is asked for that is never made."""
-    if polish_steps and budget.metric == "layer_error":
-        raise ValueError("a layer_error budget is not polished: polish_steps must be 0 or absent")
+    def spec(self) -> budgets.Budget:
+        """The same, as the library has it."""
+        return budgets.Budget(self.metric, self.value)
 
 
-Form = Annotated[
-    Literal["adapter", "full"],
-    Field(description="`adapter`: bases only. `full`: with the base model's own files, loadable by path."),
-]
+class TargetFields(BaseModel):
+    """What a checkpoint should be, in every body that asks for one."""
+
+    budget: Budget
+    form: Form = "adapter"
+    rank_multiple: RankMultiple = 1
+    polish_steps: PolishSteps = None
+
+    def target(self) -> Target:
+        """The same, as the library has it; `InvalidSetting` (a ValueError) for what it refuses."""
+        return Target(
+            self.budget.spec(),
+            grid=RankGrid(self.rank_multiple),
+            form=self.form,
+            polish_steps=self.polish_steps,
+        )
+
+
 MetadataKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 Metadata = Annotated[
     dict[MetadataKey, Annotated[str, Field(max_length=512)]],

@@ -12,7 +12,7 @@ from typing import NoReturn
 import uvicorn
 from fastapi import FastAPI
 
-from app.sendfile import ZeroCopyProtocol
+from app.http.sendfile import ZeroCopyProtocol
 
 
 class _AnnouncingServer(uvicorn.Server):
@@ -37,7 +37,7 @@ def serve(api: FastAPI, listening: socket.socket, *, host: str, announce: Callab
     config = uvicorn.Config(
         api,
         http=ZeroCopyProtocol,
-        log_config=None,  # ours: app.logs
+        log_config=None,  # ours: app.infra.logs
         log_level="warning",
         access_log=False,
         server_header=False,

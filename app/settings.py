@@ -11,7 +11,7 @@ from typing import Annotated, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app import failpoints
+from app.infra import failpoints
 
 Seconds = Annotated[float, Field(gt=0)]
 Bytes = Annotated[int, Field(gt=0)]
@@ -196,7 +196,7 @@ class Settings(BaseSettings):
     """Progress lines of a child are written to the database at most this often."""
 
     failpoint: str = ""
-    """For tests: where this process dies, pauses or fails (`app/failpoints.py`)."""
+    """For tests: where this process dies, pauses or fails (`app/infra/failpoints.py`)."""
     failpoint_dir: Path | None = None
     """Without this folder `failpoint` has no effect."""
 

@@ -22,10 +22,10 @@ def starting(*refusals: type[Exception]) -> Iterator[None]:
     """What keeps a server or worker from starting becomes one line; `refusals` are the command's own."""
     from sqlalchemy.exc import SQLAlchemyError  # `orthokv jobs` is to start fast
 
-    from app.database import DatabaseUnusable
+    from app.infra.database import DatabaseUnusable
+    from app.infra.storage import StorageError
+    from app.infra.tracing import TracingUnusable
     from app.migrate import SchemaBehind
-    from app.storage import StorageError
-    from app.tracing import TracingUnusable
 
     unusable: tuple[type[Exception], ...] = (
         DatabaseUnusable,

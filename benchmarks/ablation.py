@@ -24,12 +24,12 @@ from benchmarks.bench import (
     shares,
 )
 from orthokv.compare import MethodChoice, measure_plan
-from orthokv.fit.methods import METHODS
-from orthokv.fit.settings import FitSettings
 from orthokv.plan.allocate import allocate
 from orthokv.plan.plan import Plan, plan_ranks
 from orthokv.plan.profile import ErrorProfile
 from orthokv.spec.budget import Budget
+from orthokv.spec.methods import default_steps
+from orthokv.spec.settings import FitSettings
 from orthokv.text.blocks import Blocks
 
 BOOKS, WIKITEXT, _ = CALIBRATION
@@ -155,7 +155,7 @@ def main() -> None:
     for seed in seeds:
         # Variants that share a fit stand together, so that it is kept.
         for variant in sorted(variants, key=lambda v: (repr(replace(v, side=None)), repr(v))):
-            if seed == seeds[0] or METHODS[MethodChoice.parse(variant.method).method].learned:
+            if seed == seeds[0] or default_steps(MethodChoice.parse(variant.method).method):
                 run.measure(variant, seed)
 
 

@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from orthokv.compare import MethodChoice, fit_profile
-from orthokv.fit.settings import FitSettings
 from orthokv.models.loading import load
 from orthokv.models.source import ModelSource, load_tokenizer, resolve_model
 from orthokv.pipeline import prepare_blocks
 from orthokv.plan.profile import ErrorProfile
 from orthokv.show.progress import PlainReporter
 from orthokv.show.results import ComparisonRow
+from orthokv.spec.settings import FitSettings
 from orthokv.text.blocks import Blocks
 from orthokv.text.packing import load_blocks
 from orthokv.text.source import TextMixture, TextSource

@@ -25,10 +25,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from orthokv import pipeline
 from orthokv.fit.methods import METHODS
 from orthokv.fit.refine import CHECKS
-from orthokv.fit.settings import FitSettings
 from orthokv.models.source import resolve_device
 from orthokv.show.progress import PlainReporter
 from orthokv.spec.rankgrid import CANDIDATE_SHARES
+from orthokv.spec.settings import FitSettings
 from orthokv.text.blocks import Blocks
 
 GIB = 1 << 30
@@ -164,8 +164,8 @@ def measure(model: LlamaForCausalLM, shape: Shape, settings: FitSettings, *, who
             pipeline.build_profile(model, source, blocks, layers, settings, report)
     end = watch.now()
     refined = 0
-    if "refinement" in watch.returned and settings.refinement is not None:
-        refined = (len(watch.returned["refinement"][1]) - 1) * settings.refinement.steps // CHECKS
+    if "refinement" in watch.returned and settings.refinement_steps:
+        refined = (len(watch.returned["refinement"][1]) - 1) * settings.refinement_steps // CHECKS
     counts = _flop(shape, settings, len(model.model.layers), refined)
     phases = {
         name: {
@@ -184,7 +184,7 @@ def measure(model: LlamaForCausalLM, shape: Shape, settings: FitSettings, *, who
         # Random weights have nothing to refine: the watch on other text ends the stage before all steps are done.
         "refinement_steps": {
             "done": refined,
-            "asked": settings.refinement.steps if settings.refinement else 0,
+            "asked": settings.refinement_steps,
         },
         "phases": phases,
         "peak_memory_gib": torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else None,
@@ -209,7 +209,7 @@ def _flop(shape: Shape, settings: FitSettings, layers: int, refined: int) -> dic
     maps, attention = shape.layer_flop(settings.sequence_length)
     forward, both = maps + attention, 2 * maps + 3.5 * attention
     fitting = settings.num_samples - settings.holdout
-    method = settings.make_method()
+    method = settings.method_settings
     steps = getattr(method, "steps", 0)
     surface = (len(CANDIDATE_SHARES) ** 2) * settings.profile_samples * forward * layers
     found = {

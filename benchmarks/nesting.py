@@ -18,9 +18,8 @@ from typing import Any
 
 from benchmarks.bench import CALIBRATION, MODEL, TEXTS, Bench, need_shared, shares
 from orthokv.compare import MethodChoice
-from orthokv.fit.polish import STEPS_SHARE, polish
+from orthokv.fit.polish import polish
 from orthokv.fit.refine import Refinement, refine
-from orthokv.fit.settings import FitSettings
 from orthokv.measure.checkpoint import device_name
 from orthokv.measure.quality import quality
 from orthokv.plan.allocate import allocate
@@ -30,6 +29,8 @@ from orthokv.plan.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.show.wording import markdown
 from orthokv.spec.budget import Budget
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.steps import POLISH_SHARE
 from orthokv.text.blocks import Blocks
 
 NAMES = {
@@ -81,7 +82,7 @@ def run(
         for kept in budgets:
             measure(nested, "all", count, kept)
             if count == steps[0]:
-                more = int(STEPS_SHARE * count)
+                more = int(POLISH_SHARE * count)
                 polished = polish(bench.model, nested, plans[kept], calibration, more)
                 measure(polished, "polished", count + more, kept)
     for kept in budgets:

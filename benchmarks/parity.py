@@ -14,7 +14,6 @@ from typing import Any
 
 from benchmarks.bench import CALIBRATION, MODEL, TEXTS, Bench, need_shared, shares
 from orthokv.compare import MethodChoice
-from orthokv.fit.settings import FitSettings
 from orthokv.measure.checkpoint import device_name
 from orthokv.measure.quality import quality
 from orthokv.plan.allocate import allocate
@@ -22,6 +21,7 @@ from orthokv.plan.bases import planned_bases
 from orthokv.plan.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.spec.budget import Budget
+from orthokv.spec.settings import FitSettings
 from orthokv.text.blocks import Blocks
 
 

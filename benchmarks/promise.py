@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.bench import Bench
 from orthokv.compare import MethodChoice
-from orthokv.fit.settings import FitSettings
 from orthokv.measure.checkpoint import device_name
 from orthokv.measure.quality import quality
 from orthokv.pipeline import make_plan
@@ -30,6 +29,8 @@ from orthokv.show.plots.style import INK, MUTED, PALETTE, frame, plain, save
 from orthokv.show.wording import markdown, percent
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import BudgetUnreachable
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.target import Target
 
 WITHIN = 1.2
 
@@ -64,7 +65,7 @@ def run(
     for asked in budgets:
         try:
             plan, found = make_plan(
-                profile, Budget("perplexity_increase", asked), model=bench.model, held_out=held_out
+                profile, Target(Budget("perplexity_increase", asked)), model=bench.model, held_out=held_out
             )
         except BudgetUnreachable:
             cases.append(Case(seed, asked, None, None, None, None))

@@ -29,16 +29,15 @@ from benchmarks.bench import (
 )
 from benchmarks.merge import merge
 from orthokv.compare import MethodChoice, measure_plan, polish_profile
-from orthokv.fit.methods import METHODS
-from orthokv.fit.settings import FitSettings
 from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Allocation
 from orthokv.show.plots import plot_comparison
 from orthokv.show.results import ComparisonRow, summarise
 from orthokv.show.tables import details_markdown, ratios_markdown
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import BudgetUnreachable, UnsupportedModel
-from orthokv.spec.vocabulary import KEY_MODES, KeyMode
+from orthokv.spec.methods import default_steps
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.vocabulary import KEY_MODES, Allocation, KeyMode
 from orthokv.text.blocks import Blocks
 
 KEPT = "0.75,0.5,0.375,0.25,0.125"
@@ -152,7 +151,7 @@ def main() -> None:
         (text, mode, seed)
         for text, choice in choices.items()
         for mode in given.key_modes.split(",")
-        for seed in (given.seeds.split(",") if METHODS[choice.method].learned else "0")
+        for seed in (given.seeds.split(",") if default_steps(choice.method) else "0")
     ]
     if given.processes > 1:
         show(measure_apart(results, fits, given.processes))

@@ -32,13 +32,13 @@ import psutil
 from sqlalchemy.orm import Session
 
 from app.artifacts.models import Artifact
-from app.auth.principal import local_principal
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.jobs import service
 from app.jobs.commits import Produced, finish_step
 from app.jobs.lease import claim
 from app.jobs.schemas import JobCreate
 from app.migrate import upgrade
+from app.principal import local_principal
 from app.settings import DEFAULT_GPU_CLASS, Settings
 
 CONNECTIONS = (1, 8, 32)

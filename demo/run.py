@@ -22,10 +22,8 @@ from pathlib import Path
 from rich.console import Console
 
 from orthokv.checkpoint.read import read_checkpoint
-from orthokv.cli import TABLE_COLUMNS
-from orthokv.client import OrthoKV
+from orthokv.cli.output import TABLE_COLUMNS
 from orthokv.compare import MethodChoice, compare_methods
-from orthokv.fit.settings import FitSettings
 from orthokv.measure.checkpoint import evaluate_checkpoint
 from orthokv.models.loading import load
 from orthokv.models.source import load_tokenizer, resolve_model
@@ -36,8 +34,10 @@ from orthokv.show.plots import plot_comparison, plot_plan, plot_profile
 from orthokv.show.results import ComparisonRow
 from orthokv.show.tables import comparison_table
 from orthokv.spec.budget import Budget
+from orthokv.spec.settings import FitSettings
 from orthokv.text.source import TextSource
 from orthokv.text.written import self_text
+from orthokv_client import OrthoKV
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent

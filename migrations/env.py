@@ -8,7 +8,7 @@ from __future__ import annotations
 from alembic import context
 from sqlalchemy import Connection, text
 
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.models import metadata
 
 # Any constant will do; it names "the schema of OrthoKV" among the advisory locks of the database.

@@ -43,7 +43,7 @@ __all__ = [
     "read_checkpoint",
 ]
 
-# Loaded when they are used: a program that only talks to the service (`orthokv.client`) needs no torch.
+# Loaded when they are used: `orthokv serve` and `orthokv jobs` need no torch.
 _HOMES = {
     "Budget": "orthokv.spec.budget",
     "Checkpoint": "orthokv.checkpoint.write",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 from transformers import PreTrainedModel
 
 from orthokv.checkpoint.read import Checkpoint
-from orthokv.checkpoint.write import Form, record_measurements, write_checkpoint
+from orthokv.checkpoint.write import record_measurements, write_checkpoint
+from orthokv.files.folders import refuse_taken
 from orthokv.fit.grouping import fit_layer
 from orthokv.fit.measuring import measure_layer, spread_blocks
-from orthokv.fit.polish import check_polish, polish
+from orthokv.fit.methods import method_of
+from orthokv.fit.polish import polish
 from orthokv.fit.refine import Refinement, can_refine, refine, watched_texts
 from orthokv.fit.sensitivity import sensitivities
-from orthokv.fit.settings import FitSettings
 from orthokv.fit.task import LayerTask, view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.checkpoint import evaluate_checkpoint
@@ -35,40 +36,24 @@ from orthokv.models.source import ModelSource, load_tokenizer
 from orthokv.models.streaming import Streaming, streamed_weights
 from orthokv.plan.allocate import allocate
 from orthokv.plan.bases import on_model, planned_bases
-from orthokv.plan.plan import Allocation, Plan
+from orthokv.plan.plan import Plan
 from orthokv.plan.profile import ErrorProfile, LayerProfile
-from orthokv.plan.reachable import check_reachable
 from orthokv.plan.search import allocate_for_perplexity
 from orthokv.runtime.seam import Seam
-from orthokv.spec.budget import Budget
+from orthokv.spec.check import calibrated_positions, check
+from orthokv.spec.codec import codec_spec
 from orthokv.spec.errors import InvalidSetting
-from orthokv.spec.geometry import Geometry, check_key_mode, check_positions
 from orthokv.spec.progress import Reporter, Step, counter, silent
-from orthokv.spec.rankgrid import FREE, RankGrid
+from orthokv.spec.records import method_record
+from orthokv.spec.settings import FitSettings
 from orthokv.spec.sharing import sharings_of
+from orthokv.spec.target import Target
 from orthokv.text.blocks import Blocks
 from orthokv.text.packing import load_blocks
 from orthokv.text.source import TextMixture, TextSource
 from orthokv.text.written import self_text
 
 log = logging.getLogger("orthokv")
-
-
-# ----------------------------------------------------------------------------------------------- the steps
-
-
-def calibrated_positions(geometry: Geometry, settings: FitSettings) -> int:
-    """The positions that calibration blocks cover, from 0: one block's, but in key mode ``post`` those to be served.
-
-    Raises:
-        InvalidSetting: see :func:`~orthokv.spec.geometry.check_positions`.
-    """
-    if settings.positions is not None:
-        check_positions(geometry, settings.positions)
-        return settings.positions
-    if settings.key_mode == "post" and geometry.rope is not None:
-        return geometry.max_positions
-    return settings.sequence_length
 
 
 def prepare_blocks(
@@ -160,7 +145,7 @@ def fit_layers(
         raise InvalidSetting(
             f"positions {settings.positions} are to be served, but the blocks reach {blocks.positions}"
         )
-    method = settings.make_method()
+    method = method_of(settings.method_settings)
     fitting, held_out = blocks.split(settings.holdout)
     report(Step("fitting", 0, len(wanted), "layers"))
     with Seam(model, settings.key_mode) as seam:
@@ -199,7 +184,6 @@ def build_profile(
 ) -> ErrorProfile:
     """Put fitted layers together and measure how much the model's predictions depend on each."""
     geometry = geometry_of(model.config)
-    method = settings.make_method()
     profile = ErrorProfile(
         geometry=geometry,
         key_mode=settings.key_mode,
@@ -220,19 +204,14 @@ def build_profile(
             "positions": blocks.positions,
             "held_out": settings.holdout,
         },
-        method={
-            "name": method.name,
-            **asdict(method),
-            "refine_steps": 0,
-            **({} if settings.propagate is None else {"propagate": settings.propagate}),
-        },
+        method=method_record(settings.method_settings, settings.propagate),
         seed=settings.seed,
     )
     fitting, held_out = blocks.split(settings.holdout)
     profile = profile.with_sensitivities(sensitivities(model, profile, held_out, report))
     refinement = possible_refinement(model, settings)
     if refinement is None:
-        if settings.refinement is not None:
+        if settings.refinement_steps:
             log.warning("no refinement: it needs the whole model, and %s is streamed from disk", source.id)
         return profile
     checks = [held_out, *watched_texts(model, blocks, settings.seed)]
@@ -248,7 +227,8 @@ def possible_refinement(model: PreTrainedModel, settings: FitSettings) -> Refine
     Raises:
         InvalidSetting: ``refine_steps`` asks for it and the model is streamed from disk.
     """
-    return settings.refinement if can_refine(model, refine_steps=settings.refine_steps) else None
+    steps = settings.refinement_steps
+    return Refinement(steps) if can_refine(model, refine_steps=settings.refine_steps) and steps else None
 
 
 def measure_errors(
@@ -284,25 +264,28 @@ class Reached:
 
 def make_plan(
     profile: ErrorProfile,
-    budget: Budget,
-    allocation: Allocation = "knapsack",
+    target: Target,
     *,
-    grid: RankGrid = FREE,
     model: PreTrainedModel | None = None,
     held_out: Blocks | None = None,
     report: Reporter = silent,
 ) -> tuple[Plan, Reached | None]:
-    """Ranks for a budget, and what was reached where the budget is a perplexity increase.
+    """Ranks for a target, and what was reached where its budget is a perplexity increase.
 
     Such a budget is a promise about text that nobody has seen yet: it is the upper bound of the increase that must stay within
     it, not the increase on the held-out blocks, half of which would break the promise.
 
+    Args:
+        model: where codec `native` is asked for, also says how many bytes its numbers have; without it they count as 4.
+
     Raises:
-        BudgetUnreachable: see :func:`orthokv.plan.allocate.allocate`.
+        BudgetUnreachable: see `orthokv.plan.allocate.allocate`.
         InvalidSetting: a perplexity budget without a model and held-out blocks.
     """
+    budget, grid = target.budget, target.grid
+    codec = codec_spec(target.codec, 4 if model is None else model.dtype.itemsize)
     if budget.metric != "perplexity_increase":
-        return allocate(profile, budget, allocation, grid), None
+        return allocate(profile, budget, target.allocation, grid, codec), None
     if model is None or held_out is None:
         raise InvalidSetting(
             "a perplexity_increase budget needs the model and held-out text to be checked on"
@@ -315,7 +298,7 @@ def make_plan(
             report(Step("planning", len(tried), max(len(tried), 9), "plans"))
             return tried[plan.ranks].bound
 
-        plan, _ = allocate_for_perplexity(profile, budget, bound, grid)
+        plan, _ = allocate_for_perplexity(profile, budget, bound, grid, codec)
     return plan, tried[plan.ranks]
 
 
@@ -353,9 +336,6 @@ def polish_plan(
     return profile, reached
 
 
-# ------------------------------------------------------------------------------------------------- one way in
-
-
 @dataclass(frozen=True)
 class Compressed:
     """What :func:`compress` made."""
@@ -370,13 +350,10 @@ class Compressed:
 def compress(
     source: ModelSource,
     text: TextSource | TextMixture,
-    budget: Budget,
+    target: Target,
     out: Path,
     settings: FitSettings | None = None,
     *,
-    grid: RankGrid = FREE,
-    form: Form = "adapter",
-    polish_steps: int | None = None,
     device: str = "auto",
     streaming: Streaming = "auto",
     report: Reporter = silent,
@@ -386,28 +363,22 @@ def compress(
     A model larger than the memory is streamed from disk (see :func:`load`); long blocks of large models can be kept there
     too, with :func:`orthokv.models.states.spilled_to` around the call.
 
-    Args:
-        polish_steps: see :func:`orthokv.fit.polish.polish`; 0: the checkpoint has the profile's own bases.
-
     Raises:
         OrthoKVError: any of its kinds; nothing is left at ``out``.
     """
     settings = settings or FitSettings()
-    geometry = read_geometry(source)
     # What can be refused is refused before any weight is read.
-    check_key_mode(geometry, settings.key_mode)
-    calibrated_positions(geometry, settings)
-    check_reachable(geometry, settings.sharing, settings.key_mode, budget, grid)
-    check_polish(budget, polish_steps)
+    refuse_taken(out)
+    check(read_geometry(source), settings, target)
     model = load(source, device, streaming=streaming)
-    can_refine(model, refine_steps=settings.refine_steps, polish_steps=polish_steps)
+    can_refine(model, refine_steps=settings.refine_steps, polish_steps=target.polish_steps)
     blocks = prepare_blocks(source, text, settings, model, report)
     layers = list(fit_layers(model, blocks, settings, report=report))
     profile = build_profile(model, source, blocks, layers, settings, report)
     _, held_out = blocks.split(settings.holdout)
-    plan, reached = make_plan(profile, budget, grid=grid, model=model, held_out=held_out, report=report)
-    polished, reached = polish_plan(model, profile, plan, reached, blocks, polish_steps, report)
-    checkpoint = write_checkpoint(profile, plan, out, form=form, base=source, polished=polished)
+    plan, reached = make_plan(profile, target, model=model, held_out=held_out, report=report)
+    polished, reached = polish_plan(model, profile, plan, reached, blocks, target.polish_steps, report)
+    checkpoint = write_checkpoint(profile, plan, out, form=target.form, base=source, polished=polished)
     try:
         measured = evaluate_checkpoint(model, checkpoint, held_out, report=report)
         record_measurements(out, measured)

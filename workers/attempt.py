@@ -11,10 +11,12 @@ from typing import Any, assert_never
 
 import structlog
 
-from app import failpoints, tracing
-from app.database import SyncDatabase
+from app.hints.pipe import WakeListener
+from app.infra import failpoints, tracing
+from app.infra.counted import ATTEMPT_SECONDS, ATTEMPTS, LAYER_SECONDS, PEAK_MEMORY_BYTES
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage, StorageError
 from app.jobs.commits import IncompleteResult, Produced, commit_layer, commit_progress, finish_step
-from app.jobs.dispatch import WakeListener
 from app.jobs.lease import (
     TIME_UP,
     WORKER_LOST,
@@ -27,9 +29,7 @@ from app.jobs.lease import (
     release,
 )
 from app.jobs.vocabulary import JobErrorCode, StepName
-from app.metrics.counted import ATTEMPT_SECONDS, ATTEMPTS, LAYER_SECONDS, PEAK_MEMORY_BYTES
 from app.settings import Settings
-from app.storage import Storage, StorageError
 from workers.child import Child
 from workers.heartbeat import Heartbeat, Stop
 from workers.limits import Excess, Limits

@@ -12,11 +12,11 @@ from typing import Self
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import failpoints
-from app.database import SyncDatabase
-from app.jobs.dispatch import WakeListener
+from app.hints.pipe import WakeListener
+from app.infra import failpoints
+from app.infra.counted import HEARTBEAT_FAILURES
+from app.infra.database import SyncDatabase
 from app.jobs.lease import Lease, LeaseLost, TimeUp, beat
-from app.metrics.counted import HEARTBEAT_FAILURES
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)

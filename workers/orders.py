@@ -10,15 +10,18 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.repository import files_of_job
 from app.datasets.repository import get_dataset
+from app.infra.storage import Storage
 from app.jobs import repository
 from app.jobs.lease import Lease, LeaseLost
 from app.jobs.models import Job
+from app.jobs.schemas import CheckpointSpec, CompressSpec, TextRef
 from app.jobs.vocabulary import StepName
 from app.profiles.repository import get_profile
 from app.quotas.service import largest_model
 from app.settings import Settings
-from app.storage import Storage
-from workers.protocol import Budget, DatasetRef, ModelRef, Request, RunSettings
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.target import Target
+from workers.protocol import DatasetRef, ModelRef, Request
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,8 @@ class Order:
 
     job_id: str
     model: ModelRef
-    spec: dict[str, Any]
-    budget: Budget
-    form: str
-    rank_multiple: int
-    polish_steps: int | None
+    settings: FitSettings
+    target: Target
     layers: list[int]
     inputs: list[Source]
     texts: list[Text]
@@ -80,7 +80,9 @@ def load_order(session: Session, lease: Lease, settings: Settings) -> Order:
     # What was fitted comes from the origin, what was packed is always this job's own.
     fitted = files_of_job(session, origin.id, *(name for name in reads if name is not StepName.PACKAGE))
     files = fitted | files_of_job(session, job.id, *reads)
-    resolved: dict[str, Any] = job.resolved.get("model") or origin.spec["model"]
+    spec = CompressSpec.model_validate(origin.spec)
+    asked = spec if job is origin else CheckpointSpec.model_validate(job.spec)
+    resolved: dict[str, Any] = job.resolved.get("model") or spec.model.model_dump()
     return Order(
         job_id=job.id,
         model=ModelRef(
@@ -88,33 +90,30 @@ def load_order(session: Session, lease: Lease, settings: Settings) -> Order:
             revision=resolved["revision"],
             max_weight_bytes=largest_model(session, project_id=job.project_id, settings=settings),
         ),
-        spec=origin.spec,
-        budget=Budget(**job.spec["budget"]),
-        form=job.spec["form"],
-        rank_multiple=job.spec.get("rank_multiple", 1),  # a job of before there was the field
-        polish_steps=job.spec.get("polish_steps"),
+        settings=spec.settings(),
+        target=asked.target(),
         layers=_owed_layers(session, lease),
         inputs=[
             Source(file.filename, file.object_key, file.sha256)
             for file in files.values()
             if file.filename not in _NOT_READ
         ],
-        texts=_texts(session, origin.spec["dataset"], fetched=lease.step is StepName.CALIBRATE),
+        texts=_texts(session, spec.dataset.texts, fetched=lease.step is StepName.CALIBRATE),
     )
 
 
-def _texts(session: Session, asked: dict[str, Any], *, fetched: bool) -> list[Text]:
+def _texts(session: Session, asked: list[TextRef], *, fetched: bool) -> list[Text]:
     found: list[Text] = []
-    for number, part in enumerate([asked, *asked.get("also", [])]):
-        dataset = None if part["id"] is None else get_dataset(session, part["id"])
+    for number, part in enumerate(asked):
+        dataset = None if part.id is None else get_dataset(session, part.id)
         if dataset is None:
-            found.append(Text(part["source"] or part["id"], part["field"]))
+            found.append(Text(str(part.source or part.id), part.field))
             continue
         assert dataset.object_key is not None, "jobs take ready datasets only"
         assert dataset.sha256 is not None
         name = f"dataset-{number}.{dataset.format}" if number else f"dataset.{dataset.format}"
         source = Source(name, dataset.object_key, dataset.sha256) if fetched else None
-        found.append(Text(dataset.id, part["field"], dataset.format, source, dataset.filename))
+        found.append(Text(dataset.id, part.field, dataset.format, source, dataset.filename))
     return found
 
 
@@ -128,7 +127,6 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
         made.mkdir(mode=0o700, parents=True, exist_ok=made not in (inputs, workdir))
     for source in order.inputs:
         storage.fetch(source.object_key, inputs / source.filename, sha256=source.sha256)
-    asked = order.spec["dataset"]
     texts: list[DatasetRef] = []
     for text in order.texts:
         name = text.name
@@ -137,33 +135,18 @@ def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, fo
             storage.fetch(text.object.object_key, path, sha256=text.object.sha256)
             name = str(path)
         texts.append(DatasetRef(source=name, format=text.format, field=text.field, shown=text.shown))
-    method = order.spec["method"]
     return Request(
         step=lease.step,
         job_id=order.job_id,
         workdir=str(workdir),
         model=order.model,
         dataset=texts,
-        settings=RunSettings(
-            method=method["type"],
-            sharing=method["sharing"],
-            key_mode=method["key_mode"],
-            parameterisation=method["parameterisation"],
-            num_samples=asked["num_samples"],
-            sequence_length=asked["sequence_length"],
-            positions=method.get("positions"),
-            seed=order.spec["seed"],
-            steps=method["steps"],
-            refine_steps=method.get("refine_steps"),
-            device=settings.device,
-            spill=settings.spill_activations,
-        ),
-        budget=order.budget,
-        form=order.form,
-        rank_multiple=order.rank_multiple,
-        polish_steps=order.polish_steps,
+        settings=order.settings,
+        target=order.target,
         layers=order.layers,
         inputs={source.filename: str(inputs / source.filename) for source in order.inputs},
+        device=settings.device,
+        spill=settings.spill_activations,
     )
 
 

@@ -6,6 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.target import Target
+
 MAX_LINE_BYTES = 8 << 20
 
 
@@ -32,26 +35,6 @@ class DatasetRef(_Message):
     """What its owner calls the file; what is said of it says this name."""
 
 
-class RunSettings(_Message):
-    method: str
-    sharing: str
-    key_mode: str
-    parameterisation: str
-    num_samples: int
-    sequence_length: int
-    positions: int | None
-    seed: int
-    steps: int | None
-    refine_steps: int | None
-    device: str
-    spill: bool
-
-
-class Budget(_Message):
-    metric: str
-    value: float
-
-
 class Request(_Message):
     """One step to run. `layers` are those that a fit step still owes."""
 
@@ -61,17 +44,17 @@ class Request(_Message):
     model: ModelRef
     dataset: list[DatasetRef]
     """One text, or the parts of a mixture."""
-    settings: RunSettings
-    budget: Budget
-    form: str
-    rank_multiple: int
-    polish_steps: int | None
+    settings: FitSettings
+    target: Target
     layers: list[int]
     inputs: dict[str, str]
+    device: str
+    spill: bool
+    """Whether hidden states are kept in files of the working folder."""
 
 
 class Progress(_Message):
-    type: Literal["progress"]
+    type: Literal["progress"] = "progress"
     phase: Annotated[str, Field(min_length=1, max_length=64)]
     done: Annotated[int, Field(ge=0)]
     total: Annotated[int, Field(ge=0)]
@@ -81,7 +64,7 @@ class Progress(_Message):
 class File(_Message):
     """A finished file in the working folder."""
 
-    type: Literal["file"]
+    type: Literal["file"] = "file"
     # One path component that is safe on every file system and in every header.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$")]
     path: str
@@ -93,20 +76,20 @@ class File(_Message):
 class Usage(_Message):
     """Most memory that the runner has held so far, in bytes; of the GPU only if it used one."""
 
-    type: Literal["usage"]
+    type: Literal["usage"] = "usage"
     peak_bytes: Annotated[int, Field(ge=0)]
     peak_gpu_bytes: Annotated[int, Field(ge=0)] | None
 
 
 class Result(_Message):
-    type: Literal["result"]
+    type: Literal["result"] = "result"
     data: dict[str, Any]
 
 
 class Error(_Message):
     """Why the step cannot be done. Nothing may follow."""
 
-    type: Literal["error"]
+    type: Literal["error"] = "error"
     code: str
     message: str
     retryable: bool = False

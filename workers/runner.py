@@ -7,7 +7,6 @@ committed), ``usage``, then ``result`` or ``error``. It knows nothing of databas
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 import resource
@@ -17,42 +16,32 @@ import threading
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from huggingface_hub import constants as hub_constants
 
-from app import failpoints
+from app.infra import failpoints
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import record_measurements, write_checkpoint
 from orthokv.files.folders import is_storage_failure
-from orthokv.fit.polish import polish_steps
 from orthokv.fit.refine import can_refine
-from orthokv.fit.settings import FitSettings
 from orthokv.measure.checkpoint import evaluate_checkpoint
 from orthokv.models.loading import load, read_geometry
 from orthokv.models.source import ModelSource, resolve_model
 from orthokv.models.states import spilled_to
 from orthokv.models.streaming import stored_tensors
-from orthokv.pipeline import (
-    build_profile,
-    calibrated_positions,
-    fit_layers,
-    make_plan,
-    polish_plan,
-    prepare_blocks,
-)
+from orthokv.pipeline import build_profile, fit_layers, make_plan, polish_plan, prepare_blocks
 from orthokv.plan.profile import ErrorProfile, LayerProfile
-from orthokv.plan.reachable import check_reachable
 from orthokv.show.plots import plot_profile
-from orthokv.spec.budget import Budget
+from orthokv.spec.check import check
 from orthokv.spec.errors import BudgetUnreachable, OrthoKVError
-from orthokv.spec.geometry import check_key_mode
 from orthokv.spec.names import CONFIG
 from orthokv.spec.progress import Step
-from orthokv.spec.rankgrid import RankGrid
+from orthokv.spec.steps import polish_steps
 from orthokv.text.blocks import Blocks
-from orthokv.text.source import TextMixture, TextSource
+from orthokv.text.source import Format, TextMixture, TextSource
+from workers.protocol import Error, File, Message, Progress, Request, Result, Usage
 
 MEDIA_TYPES = {
     ".json": "application/json",
@@ -69,34 +58,20 @@ class Wire:
         self.stream = stream
         self._lock = threading.Lock()
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def send(self, message: Message) -> None:
         with self._lock:
-            self.stream.write(json.dumps(message) + "\n")
+            self.stream.write(message.model_dump_json() + "\n")
             self.stream.flush()
 
     def progress(self, step: Step) -> None:
-        self._send(
-            {
-                "type": "progress",
-                "phase": step.phase,
-                "done": step.done,
-                "total": step.total,
-                "unit": step.unit,
-            }
-        )
+        self.send(Progress(phase=step.phase, done=step.done, total=step.total, unit=step.unit))
 
     def file(
         self, path: Path, *, name: str | None = None, layer: int | None = None, **metrics: float
     ) -> None:
-        self._send(
-            {
-                "type": "file",
-                "name": name or path.name,
-                "path": str(path),
-                "media_type": MEDIA_TYPES.get(path.suffix, "text/plain"),
-                "layer": layer,
-                "metrics": metrics,
-            }
+        media_type = MEDIA_TYPES.get(path.suffix, "text/plain")
+        self.send(
+            File(name=name or path.name, path=str(path), media_type=media_type, layer=layer, metrics=metrics)
         )
 
     def usage(self) -> None:
@@ -106,68 +81,44 @@ class Wire:
         if torch.cuda.is_initialized():
             gpu = sum(torch.cuda.max_memory_reserved(index) for index in range(torch.cuda.device_count()))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        self._send({"type": "usage", "peak_bytes": peak, "peak_gpu_bytes": gpu})
+        self.send(Usage(peak_bytes=peak, peak_gpu_bytes=gpu))
 
     def result(self, data: dict[str, Any]) -> None:
         self.usage()
-        self._send({"type": "result", "data": data})
+        self.send(Result(data=data))
 
     def error(self, code: str, message: str, *, retryable: bool = False, best: float | None = None) -> None:
         self.usage()
-        self._send(
-            {
-                "type": "error",
-                "code": code,
-                "message": message,
-                "retryable": retryable,
-                "layer": None,
-                "best": best,
-            }
-        )
+        self.send(Error(code=code, message=message, retryable=retryable, best=best))
 
 
 class Job:
     """One request, with what several steps need."""
 
-    def __init__(self, request: dict[str, Any], wire: Wire) -> None:
+    def __init__(self, request: Request, wire: Wire) -> None:
         self.request, self.wire = request, wire
-        self.workdir = Path(request["workdir"])
-        self.inputs = {name: Path(path) for name, path in request["inputs"].items()}
-        settings = dict(request["settings"])
-        self.device = str(settings.pop("device", "auto"))
-        self.spill = self.workdir if settings.pop("spill", False) else None
-        if settings["parameterisation"] == "predictor":
-            settings["epochs"] = settings.pop("steps")  # what a step is, to a predictor
-        else:
-            settings["parameterisation"] = None  # what every method does unless told otherwise
-        self.settings = FitSettings(**settings)
+        self.settings, self.target, self.device = request.settings, request.target, request.device
+        self.workdir = Path(request.workdir)
+        self.inputs = {name: Path(path) for name, path in request.inputs.items()}
 
     def source(self) -> ModelSource:
         """The checked model on disk. It is the only thing that a step fetches: from here on the hub is out of reach."""
-        model = self.request["model"]
-        source = resolve_model(
-            model["id"], revision=model["revision"], max_weight_bytes=model.get("max_weight_bytes")
-        )
+        model = self.request.model
+        source = resolve_model(model.id, revision=model.revision, max_weight_bytes=model.max_weight_bytes)
         os.environ["HF_HUB_OFFLINE"] = "1"
         hub_constants.HF_HUB_OFFLINE = True  # the client has read the variable when it was imported
         return source
 
     def text(self) -> TextSource | TextMixture:
         parts = tuple(
-            TextSource(part["source"], format=part["format"], field=part["field"])
-            for part in self.request["dataset"]
+            TextSource(part.source, format=cast("Format | None", part.format), field=part.field)
+            for part in self.request.dataset
         )
         return parts[0] if len(parts) == 1 else TextMixture(parts)
 
     def shown(self) -> str:
         """The texts by the names of their owner, for checkpoints and cards."""
-        return " + ".join(part.get("shown") or part["source"] for part in self.request["dataset"])
-
-    def budget(self) -> Budget:
-        return Budget(self.request["budget"]["metric"], self.request["budget"]["value"])
-
-    def grid(self) -> RankGrid:
-        return RankGrid(self.request["rank_multiple"])
+        return " + ".join(part.shown or part.source for part in self.request.dataset)
 
     def blocks(self) -> Blocks:
         return Blocks.load(self.inputs["blocks.safetensors"])
@@ -189,9 +140,7 @@ def resolve(job: Job) -> dict[str, Any]:
     """Is the model there, safe, supported and able to serve the key mode? Its weights are read only for the digest."""
     source = job.source()
     geometry = read_geometry(source)
-    check_key_mode(geometry, job.settings.key_mode)
-    calibrated_positions(geometry, job.settings)
-    check_reachable(geometry, job.settings.sharing, job.settings.key_mode, job.budget(), job.grid())
+    check(geometry, job.settings, job.target)
     model = {
         "id": source.id,
         "revision": source.revision,
@@ -207,7 +156,7 @@ def calibrate(job: Job) -> dict[str, Any]:
     written = any(part.resolved_format() == "self" for part in parts)
     model = load(source, job.device) if written else None
     blocks = prepare_blocks(source, text, job.settings, model, job.wire.progress)
-    if any(part.get("shown") for part in job.request["dataset"]):
+    if any(part.shown for part in job.request.dataset):
         blocks = replace(blocks, source=job.shown())
     path = job.workdir / "blocks.safetensors"
     blocks.save(path)
@@ -227,15 +176,15 @@ def fit(job: Job) -> dict[str, Any]:
     source, blocks = job.source(), job.blocks()
     model, geometry = load(source, job.device), read_geometry(source)
     # What later steps would refuse is refused before the first layer.
-    can_refine(model, refine_steps=job.settings.refine_steps, polish_steps=job.request["polish_steps"])
-    for layer in fit_layers(model, blocks, job.settings, job.request["layers"], job.wire.progress):
+    can_refine(model, refine_steps=job.settings.refine_steps, polish_steps=job.target.polish_steps)
+    for layer in fit_layers(model, blocks, job.settings, job.request.layers, job.wire.progress):
         path = job.workdir / f"layer-{layer.index:03d}.safetensors"
         layer.save(path, geometry)
         half = len(layer.ranks_key) // 2, len(layer.ranks_value) // 2
         job.wire.file(
             path, layer=layer.index, error=float(layer.error[half]), cosine=float(layer.cosine[half])
         )
-    return {"layers": job.request["layers"]}
+    return {"layers": job.request.layers}
 
 
 def profile(job: Job) -> dict[str, Any]:
@@ -262,26 +211,26 @@ def profile(job: Job) -> dict[str, Any]:
 
 def package(job: Job) -> dict[str, Any]:
     found = ErrorProfile.load(job.folder("profile", "profile.json", "profile.safetensors"))
-    budget, form = job.budget(), job.request["form"]
+    target = job.target
     # The model is for budgets of perplexity and to polish, its files are for full checkpoints.
-    asked = job.request["polish_steps"]
-    needed = budget.metric == "perplexity_increase" or polish_steps(found, budget, asked) > 0
-    source = job.source() if needed or form == "full" else None
+    steps = polish_steps(found.method["refine_steps"], target.budget, target.polish_steps)
+    needed = target.budget.metric == "perplexity_increase" or steps > 0
+    source = job.source() if needed or target.form == "full" else None
     model = load(source, job.device) if needed and source is not None else None
     blocks = job.blocks()
     _, held_out = blocks.split(job.settings.holdout)
-    plan, reached = make_plan(
-        found, budget, grid=job.grid(), model=model, held_out=held_out, report=job.wire.progress
-    )
+    plan, reached = make_plan(found, target, model=model, held_out=held_out, report=job.wire.progress)
     polished = found
     if model is not None:
-        polished, reached = polish_plan(model, found, plan, reached, blocks, asked, job.wire.progress)
+        polished, reached = polish_plan(
+            model, found, plan, reached, blocks, target.polish_steps, job.wire.progress
+        )
     out = job.workdir / "checkpoint"
-    write_checkpoint(found, plan, out, form=form, base=source, polished=polished)
+    write_checkpoint(found, plan, out, form=target.form, base=source, polished=polished)
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         job.wire.file(path, name=path.relative_to(out).as_posix())
-    steps = polished.method.get("polish_steps", 0)
-    said = {"polish_steps": steps, "reached": None if reached is None else asdict(reached)}
+    taken = polished.method.get("polish_steps", 0)
+    said = {"polish_steps": taken, "reached": None if reached is None else asdict(reached)}
     return {"plan": {**plan.to_dict(), **said}}
 
 
@@ -306,22 +255,22 @@ STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
 }
 
 
-def said(error: Exception, request: dict[str, Any]) -> str:
+def said(error: Exception, request: Request) -> str:
     """What an error says, with the names of its owner for the files of this step's folder."""
     message = str(error)
-    for part in request["dataset"]:
-        if part.get("shown") is not None:
-            message = message.replace(part["source"], part["shown"])
+    for part in request.dataset:
+        if part.shown is not None:
+            message = message.replace(part.source, part.shown)
     return message
 
 
-def run(request: dict[str, Any], wire: Wire) -> int:
+def run(request: Request, wire: Wire) -> int:
     """One step; returns the exit code."""
     try:
         job = Job(request, wire)
-        with spilled_to(job.spill):
-            result = STEPS[request["step"]](job)
-        failpoints.hit(f"child.{request['step']}")
+        with spilled_to(job.workdir if request.spill else None):
+            result = STEPS[request.step](job)
+        failpoints.hit(f"child.{request.step}")
         wire.result(result)
         return 0
     except BudgetUnreachable as error:
@@ -343,7 +292,7 @@ def main() -> int:
     # Libraries may print: only the protocol may reach standard output.
     wire, sys.stdout = Wire(sys.stdout), sys.stderr
     failpoints.arm_from_environment()
-    return run(json.loads(sys.stdin.read()), wire)
+    return run(Request.model_validate_json(sys.stdin.buffer.read()), wire)
 
 
 if __name__ == "__main__":

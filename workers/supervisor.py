@@ -21,22 +21,23 @@ from typing import TYPE_CHECKING
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import failpoints, tracing
-from app.database import SyncDatabase, Timeouts
+from app.hints.dispatch import Dispatcher, make_dispatcher
+from app.hints.pipe import WakeListener
+from app.infra import failpoints, tracing
+from app.infra.counted import WORKER_IDLE
+from app.infra.database import SyncDatabase, Timeouts
+from app.infra.logs import configure
+from app.infra.storage import open_storage
 from app.jobs import repository
-from app.jobs.dispatch import Dispatcher, WakeListener, make_dispatcher
 from app.jobs.lease import Lease, RetryPolicy, claim
-from app.jobs.reaper import return_lost
-from app.logs import configure
-from app.metrics.counted import WORKER_IDLE
+from app.jobs.repairs import return_lost
 from app.metrics.port import worker_metrics
 from app.settings import Settings
-from app.storage import open_storage
 from workers.attempt import Attempt
 from workers.limits import CannotIsolate, require_isolation
 
 if TYPE_CHECKING:
-    from workers.celery_app import HintListener
+    from app.hints.listener import HintListener
 
 log = structlog.get_logger(__name__)
 
@@ -155,7 +156,7 @@ class Supervisor:
     def _make_listener(self) -> HintListener | None:
         if not self._settings.broker_url:
             return None
-        from workers.celery_app import HintListener  # Celery is installed only where there is a broker
+        from app.hints.listener import HintListener  # Celery is installed only where there is a broker
 
         return HintListener(
             self._settings.broker_url,

@@ -13,10 +13,10 @@ from starlette.types import Receive, Scope, Send
 from app.artifacts.ranges import NotSatisfiable, parse_range
 from app.artifacts.schemas import Artifact
 from app.artifacts.service import content_headers, etag
-from app.errors import Code, Problem
-from app.etags import matches
-from app.sendfile import ZERO_COPY
-from app.storage import Opened, Storage, StorageError
+from app.http.errors import Code, Problem
+from app.http.etags import matches
+from app.http.sendfile import ZERO_COPY
+from app.infra.storage import Opened, Storage, StorageError
 
 log = structlog.get_logger(__name__)
 

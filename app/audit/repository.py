@@ -6,7 +6,7 @@ from sqlalchemy import select, true
 from sqlalchemy.orm import Session
 
 from app.audit.models import AuditEvent
-from app.pagination import Cursor, cut
+from app.http.pagination import Cursor, cut
 
 
 def list_events(

@@ -9,10 +9,10 @@ from fastapi import APIRouter, Query
 from app.audit import service
 from app.audit.schemas import AuditEvent
 from app.auth.dependency import Admin, guarded
-from app.dependencies import Db, PageCursor
-from app.errors import Code
-from app.ids import id_pattern
-from app.pagination import Page
+from app.http.dependencies import Db, PageCursor
+from app.http.errors import Code
+from app.http.pagination import Page
+from app.infra.ids import id_pattern
 
 router = APIRouter(prefix="/v1/audit_events", tags=["audit_events"])
 

@@ -1,7 +1,7 @@
 """The dependency of every route that is not public: a principal with the scope that the route needs.
 
 A dependency, not a middleware: what is checked belongs to the route that runs, so no spelling of the path and
-no Host header leads around it. `tests/service/test_auth_walk.py` calls every route without a key.
+no Host header leads around it. `tests/service/auth/test_auth_walk.py` calls every route without a key.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Annotated, Any
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from app.auth import repository, service
-from app.auth.principal import Principal, Scope, local_principal
+from app.auth import repository
+from app.auth.check import check_key
 from app.auth.rate import RateLimit
-from app.dependencies import Config, Db
-from app.errors import Code, Problem, documented, request_id_of
+from app.http.dependencies import Config, Db
+from app.http.errors import Code, Problem, documented, request_id_of
+from app.principal import Principal, Scope, local_principal
 
 AUTH_CODES = (Code.UNAUTHENTICATED, Code.INSUFFICIENT_SCOPE, Code.RATE_LIMITED)
 _REALM = 'Bearer realm="orthokv"'
@@ -53,7 +54,7 @@ class Require:
             return local_principal(request_id)
         # A key that was sent is checked even where none is needed: a wrong one is never taken for none.
         text = "" if credentials is None else credentials.credentials
-        found = await db.read(service.check_key, text, pepper=settings.key_pepper.get_secret_value())
+        found = await db.read(check_key, text, pepper=settings.key_pepper.get_secret_value())
         if found is None:
             raise Problem(
                 Code.UNAUTHENTICATED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 
 from app.auth.repository import has_usable_key
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.settings import Settings
 
 

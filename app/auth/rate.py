@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from app.errors import Code, Problem
+from app.http.errors import Code, Problem
 
 
 @dataclass

@@ -8,8 +8,8 @@ from sqlalchemy import ColumnElement, Select, bindparam, or_, select, true, upda
 from sqlalchemy.orm import Session
 
 from app.auth.models import ApiKey, Project
-from app.database import now
-from app.pagination import Cursor, cut
+from app.http.pagination import Cursor, cut
+from app.infra.database import now
 
 _USED_EVERY_SECONDS = 60.0
 

@@ -15,15 +15,14 @@ from app.audit.models import AuditEvent
 from app.auth.models import Project
 from app.checker.rules import RULES, Facts
 from app.checkpoints.models import Checkpoint
-from app.database import SyncDatabase
 from app.datasets.models import Dataset
-from app.events.models import Event
+from app.deletion.orphans import find_orphans
 from app.idempotency.models import IdempotencyKey
-from app.jobs.models import Job, Layer, Step
-from app.jobs.reaper import find_orphans
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage
+from app.jobs.models import Event, Job, Layer, Step
 from app.jobs.vocabulary import StepStatus
 from app.profiles.models import Profile
-from app.storage import Storage
 
 _BATCH = 200
 

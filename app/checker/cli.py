@@ -26,11 +26,11 @@ def check(
     One line on standard output for each violation; exit code 1 when there are any.
     """
     from app.checker import checks
-    from app.database import SyncDatabase
+    from app.infra.database import SyncDatabase
+    from app.infra.storage import open_storage
     from app.migrate import require_schema
     from app.settings import Settings
     from app.starting import BAD_INPUT, FAILED, starting, stop
-    from app.storage import open_storage
 
     with starting():
         settings = Settings() if data is None else Settings(data_dir=data)

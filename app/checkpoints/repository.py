@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.models import Artifact
 from app.checkpoints.models import Checkpoint, CheckpointFile
-from app.pagination import Cursor, cut
+from app.http.pagination import Cursor, cut
 
 
 def find_checkpoint(session: Session, checkpoint_id: str, *, project_id: str) -> Checkpoint | None:

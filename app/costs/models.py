@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy import Float, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, Id, UtcDateTime, now
+from app.infra.database import Base, Id, UtcDateTime, now
 
 
 class RunCost(Base):

@@ -1,11 +1,11 @@
 """What to expect before there are past runs: measured elsewhere, so the band is as wide as from a GPU to a CPU.
 
-`tests/service/test_costs.py` derives each number anew from the files named here.
+`tests/service/costs/test_costs.py` derives each number anew from the files named here.
 """
 
 from __future__ import annotations
 
-from app.costs.model import Band
+from app.costs.regression import Band
 
 GPU_FLOP_PER_SECOND = (6.06e11, 2.25e12)
 """Slowest and fastest fit in `benchmarks/results/quality-books-llama-31m.json`: one NVIDIA H200, several fits at a time."""

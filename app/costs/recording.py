@@ -5,11 +5,12 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.costs import repository
+from app.costs.arithmetic import Asked, Shape, flop
 from app.costs.models import RunCost
-from app.costs.work import Asked, Shape, flop
-from app.database import clock
-from app.ids import new_id
+from app.infra.database import clock
+from app.infra.ids import new_id
 from app.jobs.models import Job, Step
+from app.jobs.schemas import CompressSpec
 from app.jobs.vocabulary import JobKind, StepName
 
 _SHORTEST_SECONDS = 0.001  # the resolution of SQLite's clock
@@ -20,7 +21,7 @@ def note_cost(session: Session, job: Job, step: Step) -> None:
     shape = Shape.of_resolved(job.resolved)
     if job.kind != JobKind.COMPRESS or shape is None or step.started_at is None:
         return
-    asked, name = Asked.of_spec(job.spec), StepName(step.name)
+    asked, name = Asked.of(CompressSpec.model_validate(job.spec)), StepName(step.name)
     layers = None
     if name is StepName.FIT:
         layers = repository.count_layers_of_attempt(session, step_id=step.id, fence=step.fence)

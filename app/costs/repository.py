@@ -5,8 +5,8 @@ from __future__ import annotations
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.costs.model import Run
 from app.costs.models import RunCost
+from app.costs.regression import Run
 from app.jobs.models import Layer
 
 _NEWEST = 200  # of each step: older runs were on older workers

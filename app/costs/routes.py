@@ -9,14 +9,14 @@ from fastapi import APIRouter
 
 from app.auth.dependency import JobsWrite, guarded
 from app.costs import service
-from app.costs.reading import NOTHING, Known, Unfit, ask_hub, read_folder
+from app.costs.probe import NOTHING, Known, Unfit, ask_hub, read_folder
 from app.costs.schemas import Validation
-from app.dependencies import Config, Db
-from app.errors import Code
+from app.http.dependencies import Config, Db
+from app.http.errors import Code
+from app.http.routing import BoundedRoute
 from app.jobs.schemas import JobCreate
-from app.jobs.service import is_hub_id
-from app.routing import BoundedRoute
 from app.settings import Settings
+from orthokv.spec.hub_ids import is_hub_id
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=BoundedRoute)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from app.errors import FieldProblem
+from app.http.errors import FieldProblem
 from app.schemas import Resource
 
 

@@ -7,16 +7,16 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app.auth.principal import Principal
 from app.costs import priors, repository
-from app.costs.model import MIN_RUNS, Band, predict
-from app.costs.reading import Known, Unfit
+from app.costs.arithmetic import Asked, Shape, flop, group_width
+from app.costs.probe import Known, Unfit
+from app.costs.regression import MIN_RUNS, Band, predict
 from app.costs.schemas import Estimate, Minutes, Validation, ValidationProblem
-from app.costs.work import Asked, Shape, flop, group_width
-from app.errors import Problem
+from app.http.errors import Problem
 from app.jobs import service as jobs
 from app.jobs.schemas import JobCreate
 from app.jobs.vocabulary import JobErrorCode, StepName
+from app.principal import Principal
 from app.quotas.service import largest_model
 from app.settings import Settings
 
@@ -43,7 +43,7 @@ def validate(
 
 def estimate_of(session: Session, *, body: JobCreate, known: Known) -> Estimate:
     """What is to be expected of a job over this model."""
-    asked, shape = Asked.of_spec(body.model_dump(mode="json")), known.shape
+    asked, shape = Asked.of(body), known.shape
     common: dict[str, Any] = {
         "gpu_class": body.gpu_class,
         "known_from": known.source,

@@ -7,7 +7,7 @@ from datetime import datetime
 from sqlalchemy import BigInteger, ForeignKey, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, Id, UtcDateTime, now
+from app.infra.database import Base, Id, UtcDateTime, now
 
 
 class Dataset(Base):

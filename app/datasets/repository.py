@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from app.datasets.models import Dataset
-from app.pagination import Cursor, cut
+from app.http.pagination import Cursor, cut
 
 
 def get_dataset(session: Session, dataset_id: str) -> Dataset | None:

@@ -7,7 +7,7 @@ import binascii
 import re
 from collections.abc import Mapping
 
-from app.errors import Code, Problem
+from app.http.errors import Code, Problem
 
 _SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]*):")
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.audit.service import record
-from app.auth.principal import DEFAULT_PROJECT_ID, Principal
 from app.auth.repository import project_named
 from app.checkpoints.repository import find_checkpoint
 from app.datasets.repository import lock_dataset
 from app.deletion import repository
-from app.errors import Code, Problem, not_found
+from app.http.errors import Code, Problem, not_found
 from app.jobs.models import Job
 from app.jobs.repository import find_locked_job
 from app.jobs.vocabulary import TERMINAL, JobStatus
+from app.principal import DEFAULT_PROJECT_ID, Principal
 from app.profiles.repository import find_profile
 
 

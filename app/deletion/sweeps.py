@@ -6,13 +6,13 @@ import contextlib
 
 from sqlalchemy.orm import Session
 
-from app.auth.principal import Principal
-from app.database import SyncDatabase
 from app.datasets import repository as datasets
 from app.deletion import repository, service
-from app.errors import Problem
+from app.http.errors import Problem
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage
+from app.principal import Principal
 from app.settings import Settings
-from app.storage import Storage
 
 _BATCH = 500
 RETENTION = "retention"

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Integer, String
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, Json, UtcDateTime, now
+from app.infra.database import Base, Json, UtcDateTime, now
 
 
 class IdempotencyKey(Base):

@@ -6,8 +6,8 @@ from sqlalchemy import delete
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from app.database import now
 from app.idempotency.models import IdempotencyKey
+from app.infra.database import now
 
 
 def reserve(session: Session, *, project_id: str, key: str, fingerprint: str, keep_seconds: float) -> bool:

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from app.errors import Code, Problem
+from app.http.errors import Code, Problem
 from app.idempotency import repository
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")

@@ -15,7 +15,7 @@ from app.artifacts.models import Artifact
 from app.artifacts.repository import files_of_job
 from app.checkpoints.models import Checkpoint, CheckpointFile
 from app.costs.recording import note_cost
-from app.ids import new_id
+from app.infra.ids import new_id
 from app.jobs import repository
 from app.jobs.lease import Lease, acknowledge_cancel, hold
 from app.jobs.models import Job, Layer, Step

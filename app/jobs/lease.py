@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app.database import now
+from app.infra.database import now
 from app.jobs import repository
 from app.jobs.models import Job, Step
 from app.jobs.states import move_step, record, transition

@@ -1,4 +1,4 @@
-"""Tables of jobs, of their steps and of committed layers."""
+"""Tables of jobs, of their steps, of committed layers and of events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, String, UniqueConstraint, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, Id, Json, UtcDateTime, now
+from app.infra.database import Base, Id, Json, UtcDateTime, now
 from app.jobs.vocabulary import JobStatus, StepStatus
 from app.settings import DEFAULT_GPU_CLASS
 
@@ -134,3 +134,20 @@ class Layer(Base):
     attempt: Mapped[int] = mapped_column(Integer)
     metrics: Mapped[dict[str, Any]] = mapped_column(Json)
     committed_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+
+
+class Event(Base):
+    """One line of a job's history.
+
+    `seq` counts per job and comes from the job's own row in the same transaction. A table-wide sequence would
+    not do: Postgres commits out of order, so a reader that asks for greater numbers than the last it saw
+    skips rows.
+    """
+
+    __tablename__ = "event"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    type: Mapped[str] = mapped_column(String(64))
+    data: Mapped[dict[str, Any]] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())

@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from app.ids import id_pattern
+from app.infra.ids import id_pattern
 from app.jobs.models import Job as JobRow
 from app.jobs.models import Step as StepRow
-from app.jobs.vocabulary import TERMINAL, JobErrorCode, JobKind, JobStatus, StepStatus
-from app.schemas import Body, Budget, Form, Metadata, PolishSteps, RankMultiple, Resource, refuse_polish
+from app.jobs.vocabulary import INPUT_FAULTS, TERMINAL, JobErrorCode, JobKind, JobStatus, StepStatus
+from app.schemas import Body, Metadata, Resource, TargetFields
 from app.settings import DEFAULT_GPU_CLASS, GpuClass
-
-# Methods that take optimisation steps; the others are closed forms.
-LEARNED = frozenset({"oblique", "stiefel"})
+from orthokv.spec.methods import default_steps
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.vocabulary import KeyMode, MethodName, Parameterisation, SharingChoice
 
 
 class ModelRef(Body):
@@ -75,13 +75,13 @@ class DatasetRef(TextRef):
 class Method(Body):
     """How the bases are fitted."""
 
-    type: Literal["oblique", "stiefel", "weighted", "eigen"] = "oblique"
-    sharing: Literal["head", "tied", "pair", "quad", "joint", "auto"] = Field(
+    type: MethodName = "oblique"
+    sharing: SharingChoice = Field(
         "joint",
         description="Which heads of a layer share a basis; `auto`: each layer has its best group of 2, 4 or all.",
     )
-    key_mode: Literal["pre", "post"] = "pre"
-    parameterisation: Literal["direct", "predictor"] = "direct"
+    key_mode: KeyMode = "pre"
+    parameterisation: Parameterisation = "direct"
     steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = Field(
         None, description="Optimisation steps per layer; absent: the method's own."
     )
@@ -100,8 +100,26 @@ class Method(Body):
             raise ValueError("positions has no effect in key mode pre")
         return self
 
+    def settings(self, *, num_samples: int, sequence_length: int, seed: int) -> FitSettings:
+        """What a fit is told, as the library has it; `InvalidSetting` (a ValueError) for what it refuses."""
+        predictor = self.parameterisation == "predictor"
+        return FitSettings(
+            method=self.type,
+            sharing=self.sharing,
+            key_mode=self.key_mode,
+            # What every method does unless it is told otherwise has no word in the library; a predictor's step is an epoch.
+            parameterisation=self.parameterisation if predictor else None,
+            epochs=self.steps if predictor else None,
+            steps=None if predictor else self.steps,
+            refine_steps=self.refine_steps,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            positions=self.positions,
+            seed=seed,
+        )
 
-class JobCreate(Body):
+
+class JobCreate(TargetFields, Body):
     """A model, a dataset and an error budget."""
 
     model_config = ConfigDict(
@@ -118,11 +136,7 @@ class JobCreate(Body):
 
     model: ModelRef
     dataset: DatasetRef
-    budget: Budget
     method: Method = Method()
-    form: Form = "adapter"
-    rank_multiple: RankMultiple = 1
-    polish_steps: PolishSteps = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     metadata: Metadata = Field(default_factory=dict)
     priority: Annotated[int, Field(ge=-100, le=100)] = 0
@@ -141,35 +155,35 @@ class JobCreate(Body):
         method = self.method
         if method.parameterisation == "predictor" and method.type != "stiefel":
             raise ValueError(f"method {method.type} has no predictor")
-        if method.steps is not None and method.type not in LEARNED:
+        if method.steps is not None and default_steps(method.type) == 0:
             raise ValueError(f"method {method.type} is a closed form and has no steps")
-        refuse_polish(self.budget, self.polish_steps)
+        self.target()
         if self.dataset.num_samples < 2:
             raise ValueError("num_samples must be at least 2: one is held out")
         return self
 
 
-class CheckpointSpec(Resource):
+class CheckpointSpec(TargetFields, Resource):
     """What a job of kind `checkpoint` was asked for."""
 
     profile_id: str
-    budget: Budget
-    form: Form
-    rank_multiple: RankMultiple = 1
-    polish_steps: PolishSteps = None
 
 
-class CompressSpec(Resource):
+class CompressSpec(TargetFields, Resource):
     """What a job of kind `compress` was asked for."""
 
     model: ModelRef
     dataset: DatasetRef
-    budget: Budget
     method: Method
-    form: Form
-    rank_multiple: RankMultiple = 1
-    polish_steps: PolishSteps = None
     seed: int
+
+    def settings(self) -> FitSettings:
+        """What the fit is told."""
+        return self.method.settings(
+            num_samples=self.dataset.num_samples,
+            sequence_length=self.dataset.sequence_length,
+            seed=self.seed,
+        )
 
 
 class JobProgress(Resource):
@@ -182,7 +196,7 @@ class JobProgress(Resource):
 class JobError(Resource):
     """Why a job failed. `best` is the closest that a budget out of reach can be met."""
 
-    code: JobErrorCode
+    code: JobErrorCode = Field(json_schema_extra={"x-input-faults": [*sorted(INPUT_FAULTS)]})
     message: str
     retryable: bool
     phase: str
@@ -224,7 +238,7 @@ class Job(Resource):
     object: Literal["job"] = "job"
     id: str
     kind: JobKind
-    status: JobStatus
+    status: JobStatus = Field(json_schema_extra={"x-ended": [*sorted(TERMINAL)]})
     phase: str = Field(description="An open vocabulary: tolerate phases you do not know.")
     version: int = Field(description="Rises with every change; `?wait=&if_version=` waits for the next one.")
     attempt: int
@@ -297,6 +311,27 @@ class LayerList(Resource):
 
     object: Literal["list"] = "list"
     data: list[Layer]
+
+
+class Event(Resource):
+    """One line of a job's history; `seq` has no gaps."""
+
+    object: Literal["event"] = "event"
+    seq: int
+    type: str = Field(
+        examples=["layer.committed"], description="An open vocabulary: ignore types you do not know."
+    )
+    data: dict[str, Any]
+    created_at: datetime
+
+
+class EventPage(Resource):
+    """Events in order. Ask for the next page with `after=last_seq` while `has_more`."""
+
+    object: Literal["list"] = "list"
+    data: list[Event]
+    last_seq: int
+    has_more: bool
 
 
 def _progress(value: dict[str, Any] | None) -> JobProgress | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 import structlog
 from sqlalchemy.orm import Session
 
-from app import tracing
 from app.artifacts.repository import by_ids
 from app.audit.service import record as audit
-from app.auth.principal import Principal
-from app.database import after_commit
 from app.datasets.service import require_ready
-from app.errors import Code, FieldProblem, Problem, not_found
-from app.ids import new_id
+from app.http.errors import Code, FieldProblem, Problem, not_found
+from app.http.pagination import Cursor, Page, page
+from app.infra import tracing
+from app.infra.database import after_commit
+from app.infra.ids import new_id
 from app.jobs import repository
 from app.jobs.lease import stop_others
 from app.jobs.models import Job as Row
@@ -25,15 +24,15 @@ from app.jobs.schemas import Job, JobCreate, Layer, LayerList
 from app.jobs.states import record, transition
 from app.jobs.unfold import add_first_steps, first_step, reopen
 from app.jobs.vocabulary import JobKind, JobStatus
-from app.pagination import Cursor, Page, page
+from app.principal import Principal
 from app.profiles.repository import share_profile
 from app.quotas.service import require_room_for_job
 from app.settings import Settings
+from orthokv.spec.hub_ids import is_hub_id
 
 log = structlog.get_logger(__name__)
 
 # As the hub spells repositories. Anything else is a path, and paths are the server's own affair.
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
 def create(session: Session, *, body: JobCreate, principal: Principal, settings: Settings) -> Job:
@@ -275,11 +274,6 @@ def _check_gpu_class(gpu_class: str, known: Sequence[str]) -> None:
             pointer="/gpu_class", code="gpu_class", message=f"must be one of {', '.join(known)}"
         )
         raise Problem(Code.INVALID_REQUEST, "The server has no such GPU class.", errors=[field])
-
-
-def is_hub_id(model_id: str) -> bool:
-    """Whether this names a model of the hub; anything else is a path."""
-    return _HUB_ID.fullmatch(model_id) is not None
 
 
 def _check_model(model_id: str, *, allow_local_models: bool) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from app.database import now
-from app.ids import new_id
+from app.infra.database import now
+from app.infra.ids import new_id
 from app.jobs import repository
 from app.jobs.models import Job, Step
 from app.jobs.states import move_step

@@ -105,3 +105,21 @@ class JobErrorCode(StrEnum):
     TIME_LIMIT_EXCEEDED = "time_limit_exceeded"
     WORKER_LOST = "worker_lost"
     INTERNAL = "internal"
+
+
+INPUT_FAULTS = frozenset(
+    {
+        JobErrorCode.MODEL_NOT_FOUND,
+        JobErrorCode.MODEL_GATED,
+        JobErrorCode.MODEL_UNSAFE_FORMAT,
+        JobErrorCode.MODEL_UNSUPPORTED,
+        JobErrorCode.MODEL_INVALID,
+        JobErrorCode.MODEL_TOO_LARGE,
+        JobErrorCode.DATASET_INVALID,
+        JobErrorCode.BUDGET_UNREACHABLE,
+        JobErrorCode.CHECKPOINT_INVALID,
+        JobErrorCode.CHECKPOINT_MISMATCH,
+        JobErrorCode.INVALID_SETTING,
+    }
+)
+"""Codes that another model, dataset, budget or setting would mend; with the others, the same job may succeed elsewhere."""

@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.jobs import repository as jobs
 from app.webhooks import repository as webhooks
 

@@ -11,9 +11,9 @@ import structlog
 import typer
 
 from app.starting import BAD_INPUT, FAILED, stop
-from orthokv.client import ApiError, Unreachable
-from orthokv.client.cli import KeyFile, Url, connected
-from orthokv.client.protocol import DEFAULT_URL
+from orthokv_client import ApiError, Unreachable
+from orthokv_client.cli import KeyFile, Url, connected
+from orthokv_client.protocol import DEFAULT_URL
 
 if TYPE_CHECKING:
     from app.mlflow_export.export import Exporter
@@ -68,7 +68,7 @@ def mlflow_export(
         raise stop(
             f"mlflow-export needs pip install 'orthokv[mlflow]' ({error.name} is not installed)", BAD_INPUT
         ) from error
-    from app.logs import configure
+    from app.infra.logs import configure
 
     configure()
     options = Options(

@@ -28,9 +28,9 @@ from app.mlflow_export.record import (
     model_name,
     record_of,
 )
-from orthokv.client import OrthoKV
-from orthokv.client.protocol import Call
-from orthokv.client.resources import ENDED
+from orthokv_client import OrthoKV
+from orthokv_client.protocol import Call
+from orthokv_client.words import ENDED
 
 log = structlog.get_logger()
 

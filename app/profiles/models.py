@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, Id, Json, UtcDateTime, now
+from app.infra.database import Base, Id, Json, UtcDateTime, now
 
 
 class Profile(Base):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.pagination import Cursor, cut
+from app.http.pagination import Cursor, cut
 from app.profiles.models import Profile
 
 

@@ -8,19 +8,18 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Path, Response
 from fastapi.responses import JSONResponse
 
-from app.accept import prefers
 from app.artifacts.content import Conditions, content
-from app.auth.dependency import CheckpointsWrite, JobsWrite, ProfilesRead, guarded
-from app.deletion import service as deletion
-from app.dependencies import Config, Db, Hints, PageCursor, Store
-from app.errors import Code
+from app.auth.dependency import CheckpointsWrite, ProfilesRead, guarded
+from app.http.accept import prefers
+from app.http.dependencies import Config, Db, Hints, PageCursor, Store
+from app.http.errors import Code
+from app.http.pagination import Page
+from app.http.routing import BoundedRoute
 from app.idempotency.dependency import CREATION_CODES, Once
-from app.ids import id_pattern
+from app.infra.ids import id_pattern
 from app.jobs.schemas import Job
-from app.pagination import Page
 from app.profiles import service
 from app.profiles.schemas import CheckpointCreate, Profile
-from app.routing import BoundedRoute
 from app.settings import DEFAULT_GPU_CLASS
 
 router = APIRouter(prefix="/v1/profiles", tags=["profiles"], route_class=BoundedRoute)
@@ -92,14 +91,3 @@ async def create_checkpoint(
     )
     hints.hint(json.loads(bytes(response.body)).get("gpu_class", DEFAULT_GPU_CLASS))
     return response
-
-
-@router.delete(
-    "/{profile_id}",
-    status_code=204,
-    operation_id="profiles.delete",
-    responses=guarded(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
-)
-async def delete(profile_id: ProfileId, principal: JobsWrite, db: Db) -> None:
-    """Delete a profile and its files. Checkpoints that were made from it stay."""
-    await db.write(deletion.delete_profile, profile_id=profile_id, principal=principal)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from app.artifacts.schemas import Artifact
 from app.jobs.schemas import CompressSpec
-from app.schemas import Body, Budget, Form, Metadata, PolishSteps, RankMultiple, Resource, refuse_polish
+from app.schemas import Body, Metadata, Resource, TargetFields
 
 
 class ProfileFiles(Resource):
@@ -36,16 +36,12 @@ class Profile(Resource):
     created_at: datetime
 
 
-class CheckpointCreate(Body):
+class CheckpointCreate(TargetFields, Body):
     """Another budget for what was fitted."""
 
-    budget: Budget
-    form: Form = "adapter"
-    rank_multiple: RankMultiple = 1
-    polish_steps: PolishSteps = None
     metadata: Metadata = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _can_work(self) -> Self:
-        refuse_polish(self.budget, self.polish_steps)
+        self.target()
         return self

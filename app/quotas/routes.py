@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from app.auth.dependency import JobsRead, guarded
-from app.dependencies import Config, Db
+from app.http.dependencies import Config, Db
 from app.quotas import service
 from app.quotas.schemas import Usage
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.auth.repository import get_project, lock_project
-from app.errors import Code, Problem
+from app.http.errors import Code, Problem
 from app.quotas import repository
 from app.quotas.schemas import Quota, Usage
 from app.settings import Settings

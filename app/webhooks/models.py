@@ -7,11 +7,11 @@ from datetime import datetime
 from sqlalchemy import Boolean, CheckConstraint, ForeignKey, Index, Integer, String, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.database import Base, Id, Json, UtcDateTime, now
+from app.infra.database import Base, Id, Json, UtcDateTime, now
 
 
 class WebhookEndpoint(Base):
-    """Where a project wants to be told. The secrets are sealed (`app/sealing.py`)."""
+    """Where a project wants to be told. The secrets are sealed (`app/infra/sealing.py`)."""
 
     __tablename__ = "webhook_endpoint"
     __table_args__ = (Index(None, "project_id", "id"),)

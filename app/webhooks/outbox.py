@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
-from app.database import clock
-from app.ids import new_id
+from app.infra.database import clock
+from app.infra.ids import new_id
 from app.jobs.models import Job
 from app.webhooks import repository
 from app.webhooks.models import WebhookDelivery

@@ -8,8 +8,8 @@ from __future__ import annotations
 from sqlalchemy import ColumnElement, and_, delete, exists, func, or_, select, update
 from sqlalchemy.orm import Session, aliased
 
-from app.database import clock, now
-from app.pagination import Cursor, cut
+from app.http.pagination import Cursor, cut
+from app.infra.database import clock, now
 from app.webhooks.models import WebhookDelivery, WebhookEndpoint
 
 _BATCH = 1000

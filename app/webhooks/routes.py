@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from app.auth.dependency import WebhooksManage, guarded
-from app.dependencies import Db, PageCursor
-from app.errors import Code
-from app.ids import id_pattern
-from app.outbound import Outbound
-from app.pagination import Page
-from app.routing import BoundedRoute
-from app.sealing import Sealer
+from app.http.dependencies import Db, PageCursor
+from app.http.errors import Code
+from app.http.pagination import Page
+from app.http.routing import BoundedRoute
+from app.infra.ids import id_pattern
+from app.infra.outbound import Outbound
+from app.infra.sealing import Sealer
 from app.webhooks import service
 from app.webhooks.schemas import (
     WebhookDelivery,

@@ -8,9 +8,9 @@ import time
 import structlog
 from sqlalchemy.orm import Session
 
-from app.database import SyncDatabase
-from app.outbound import Outbound
-from app.sealing import CannotOpen, Sealer
+from app.infra.database import SyncDatabase
+from app.infra.outbound import Outbound
+from app.infra.sealing import CannotOpen, Sealer
 from app.settings import Settings
 from app.webhooks import attempts, repository
 

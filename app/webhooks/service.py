@@ -8,14 +8,14 @@ import secrets
 from sqlalchemy.orm import Session
 
 from app.audit.service import record as audit
-from app.auth.principal import Principal
 from app.auth.repository import lock_project
-from app.database import clock, now
-from app.errors import Code, FieldProblem, Problem, not_found
-from app.ids import new_id
-from app.outbound import Outbound, UrlRefused
-from app.pagination import Cursor, Page, page
-from app.sealing import Sealer
+from app.http.errors import Code, FieldProblem, Problem, not_found
+from app.http.pagination import Cursor, Page, page
+from app.infra.database import clock, now
+from app.infra.ids import new_id
+from app.infra.outbound import Outbound, UrlRefused
+from app.infra.sealing import Sealer
+from app.principal import Principal
 from app.webhooks import repository
 from app.webhooks.models import WebhookDelivery as DeliveryRow
 from app.webhooks.models import WebhookEndpoint as Row

@@ -127,11 +127,8 @@ def orthonormal(encoder: Tensor, kv_heads: int, head_dim: int) -> Basis:
     return Basis(encoder, encoder, kv_heads, head_dim)
 
 
-# ------------------------------------------------------------------------------------------- the manifold
-
-
 class LayerBases(Protocol):
-    """What the seam reads of a layer's bases. ``None`` leaves the keys, or the values, as they are."""
+    """What the seam reads of a layer's bases. `None` leaves the keys, or the values, as they are."""
 
     @property
     def key(self) -> Basis | None: ...
@@ -140,12 +137,15 @@ class LayerBases(Protocol):
     def value(self) -> Basis | None: ...
 
     @property
-    def codec(self) -> str:
-        """The name of the codec that latents are stored by."""
+    def codecs(self) -> tuple[str, str]:
+        """The names of the codecs by which latents of keys and of values are stored."""
 
     @property
     def identity(self) -> str:
         """What a cache knows the bases by that it was filled with: equal for bases of one checkpoint, in every process."""
+
+
+NATIVE = ("native", "native")
 
 
 def _own_identity() -> str:
@@ -154,9 +154,19 @@ def _own_identity() -> str:
 
 @dataclass(frozen=True)
 class Bases:
-    """The plain implementation of `LayerBases`, used while fitting. Without a checkpoint, each has an identity of its own."""
+    """The bases of a layer, keys and values both. Without a checkpoint, each has an identity of its own."""
+
+    key: Basis
+    value: Basis
+    codecs: tuple[str, str] = NATIVE
+    identity: str = field(default_factory=_own_identity, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class PartialBases:
+    """One side of a layer or none, while fitting; what is None stays as it is. No cache is filled by them."""
 
     key: Basis | None
     value: Basis | None
-    codec: str = "native"
+    codecs: tuple[str, str] = NATIVE
     identity: str = field(default_factory=_own_identity, compare=False, repr=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from orthokv.show.wording import KEY_MODES_IN_WORDS, begin_at, markdown, number, percent
@@ -29,7 +29,7 @@ _FILES = {
 }
 
 
-def model_card(config: dict[str, Any], *, repo_id: str | None = None) -> str:
+def model_card(config: Mapping[str, Any], *, repo_id: str | None = None) -> str:
     """The README of a checkpoint from its ``orthokv.json``: Markdown with the hub's YAML front matter.
 
     ``repo_id`` is the hub repository that the card is for, None for a folder.
@@ -65,7 +65,7 @@ def model_card(config: dict[str, Any], *, repo_id: str | None = None) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _hub_id(config: dict[str, Any]) -> str | None:
+def _hub_id(config: Mapping[str, Any]) -> str | None:
     """The base model's hub id, or None for a folder. Only a hub model has a revision: a relative folder can look alike."""
     base = config["base_model"]
     if base.get("revision") is None or not is_hub_id(str(base["id"])):
@@ -91,7 +91,7 @@ def _bytes(count: float) -> str:
     return f"{count:.1f}".removesuffix(".0")
 
 
-def _front_matter(config: dict[str, Any], *, published: bool) -> str:
+def _front_matter(config: Mapping[str, Any], *, published: bool) -> str:
     lines = ["---", "library_name: transformers"]
     if (base := _hub_id(config)) is not None:
         lines.append(f"base_model: {base if '/' in base else json.dumps(base)}")
@@ -101,7 +101,7 @@ def _front_matter(config: dict[str, Any], *, published: bool) -> str:
     return "\n".join([*lines, "tags: [kv-cache, orthokv, low-rank]", "---"])
 
 
-def _quality(config: dict[str, Any]) -> list[str]:
+def _quality(config: Mapping[str, Any]) -> list[str]:
     measured = config.get("measured")
     if not measured:
         return ["Quality was not measured for this plan."]
@@ -130,7 +130,7 @@ def _quality(config: dict[str, Any]) -> list[str]:
     return [markdown(("", "compressed", "uncompressed"), rows), *_measured_on(config, measured)]
 
 
-def _measured_on(config: dict[str, Any], measured: dict[str, Any]) -> list[str]:
+def _measured_on(config: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
     parts: list[str] = []
     if "tokens" in measured:
         parts.append(f"{measured['tokens']} predicted tokens")
@@ -144,7 +144,7 @@ def _measured_on(config: dict[str, Any], measured: dict[str, Any]) -> list[str]:
     return [f"Measured on {'; '.join(parts)}."] if parts else []
 
 
-def _load(config: dict[str, Any], place: str) -> list[str]:
+def _load(config: Mapping[str, Any], place: str) -> list[str]:
     here = json.dumps(place)
     if config["form"] == "full":
         code = [
@@ -170,7 +170,7 @@ def _load(config: dict[str, Any], place: str) -> list[str]:
     return ["\n".join(["```python", *code, "```"]), "`orthokv.detach(model)` takes it off again."]
 
 
-def _rank_table(config: dict[str, Any]) -> list[str]:
+def _rank_table(config: Mapping[str, Any]) -> list[str]:
     geometry, ranks = config["geometry"], config["ranks"]
     heads, head_dim = geometry["kv_heads"], geometry["head_dim"]
     width = heads * head_dim
@@ -197,7 +197,7 @@ def _rank_table(config: dict[str, Any]) -> list[str]:
     ]
 
 
-def _origin(config: dict[str, Any]) -> str:
+def _origin(config: Mapping[str, Any]) -> str:
     base, data, plan = config["base_model"], config["dataset"], config.get("plan") or {}
     name = _display_name(base["id"], hub=_hub_id(config) is not None)
     rows = [
@@ -236,7 +236,7 @@ def _origin(config: dict[str, Any]) -> str:
     return markdown(("", ""), rows, left=2)
 
 
-def _limits(config: dict[str, Any]) -> str:
+def _limits(config: Mapping[str, Any]) -> str:
     positions, rotary = config["calibrated_positions"], config["geometry"].get("rope") is not None
     lines = [
         f"The bases were fitted on positions 0 to {positions - 1}. Quality beyond them is not measured.",
@@ -260,7 +260,7 @@ def _limits(config: dict[str, Any]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _licence(config: dict[str, Any], name: str) -> str:
+def _licence(config: Mapping[str, Any], name: str) -> str:
     included = " and to its files, which are included" if config["form"] == "full" else ""
     return (
         f"The bases were computed from the weights of {_code(name)}: its licence and terms of use apply to them{included}. "
@@ -268,7 +268,7 @@ def _licence(config: dict[str, Any], name: str) -> str:
     )
 
 
-def without_paths(described: dict[str, Any]) -> dict[str, Any]:
+def without_paths(described: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration or profile whose base model and texts, where they are local files, have their last name only."""
     shown = dict(described)
     for key in ("base_model", "model"):
@@ -282,7 +282,7 @@ def without_paths(described: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def _files(config: dict[str, Any]) -> str:
+def _files(config: Mapping[str, Any]) -> str:
     full = "the base model's own files, with `quantization_config` added to `config.json`; "
     listed = "; ".join(f"`{name}`: {what}" for name, what in _FILES.items())
     return f"Format version {config['format_version']}. {full if config['form'] == 'full' else ''}{listed}."

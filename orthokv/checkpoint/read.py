@@ -12,15 +12,23 @@ from orthokv.bases.basis import Bases, Basis
 from orthokv.bases.manifold import orthonormality_error
 from orthokv.files.digests import read_sums, verify_files
 from orthokv.files.reading import read_json, read_safetensors
-from orthokv.models.fingerprint import DTYPES
-from orthokv.plan.plan import position_bytes
-from orthokv.runtime.codecs import CODECS
+from orthokv.spec.codec import CodecSpec, codec_spec
 from orthokv.spec.errors import InvalidCheckpoint, InvalidSetting
-from orthokv.spec.footprint import held_tokens
+from orthokv.spec.footprint import Footprint, LayerPlan, SidePlan
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.names import CONFIG, FORMAT_VERSION, TENSORS
+from orthokv.spec.records import CheckpointRecord, upgrade_checkpoint
 from orthokv.spec.sharing import group_width
-from orthokv.spec.vocabulary import KEY_MODES, SHARING_CHOICES, SHARINGS, KeyMode, Sharing, SharingChoice
+from orthokv.spec.vocabulary import (
+    CODECS,
+    KEY_MODES,
+    SHARING_CHOICES,
+    SHARINGS,
+    WEIGHT_DTYPES,
+    KeyMode,
+    Sharing,
+    SharingChoice,
+)
 
 _REQUIRED: dict[str, dict[str, type | tuple[type, ...]]] = {
     "base_model": {"id": str, "digest": str, "fingerprints": dict},
@@ -39,23 +47,24 @@ class Checkpoint:
     """A verified checkpoint in memory. ``config`` is ``orthokv.json``; ``bases`` one pair a layer, float32, on the CPU."""
 
     folder: Path
-    config: dict[str, Any]
+    config: CheckpointRecord
     geometry: Geometry
     key_mode: KeyMode
     sharing: SharingChoice
     codec: str
     bases: tuple[Bases, ...]
 
-    def declared_bytes(self, *, sequences: int, tokens: int, number_bytes: int = 2) -> int:
-        """Bytes that a cache of ``sequences x tokens`` holds, with ``number_bytes`` a latent."""
-        latents = sum(
-            basis.latents_per_token * held_tokens(self.geometry.window(index), tokens)
-            for index, layer in enumerate(self.bases)
-            for basis in (layer.key, layer.value)
-            if basis is not None
-        )
-        positions = position_bytes(self.geometry, self.key_mode, tokens)
-        return sequences * (latents * number_bytes + positions)
+    def layers(self, codec: CodecSpec | None = None) -> list[LayerPlan]:
+        """What is stored of each layer, under the checkpoint's own codec or another."""
+        used = codec or codec_spec(self.codec, self.config["cache"]["number_bytes"])
+        return [
+            LayerPlan(*(SidePlan(basis.rank, basis.groups, used) for basis in (layer.key, layer.value)))
+            for layer in self.bases
+        ]
+
+    def declared_bytes(self, *, sequences: int, tokens: int, codec: CodecSpec | None = None) -> int:
+        """Bytes that a cache of `sequences` x `tokens` holds, under the checkpoint's own codec or another."""
+        return sequences * Footprint(self.geometry, self.key_mode).cache_bytes(self.layers(codec), tokens)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -67,26 +76,26 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise InvalidCheckpoint(f"{folder} is not a folder")
     verify_files(folder, [CONFIG, TENSORS])
-    config = read_json(folder / CONFIG)
-    if config.get("format_version") != FORMAT_VERSION:
+    described = read_json(folder / CONFIG)
+    if described.get("format_version") != FORMAT_VERSION:
         raise InvalidCheckpoint(
-            f"checkpoint format version {config.get('format_version')!r} is not {FORMAT_VERSION}"
+            f"checkpoint format version {described.get('format_version')!r} is not {FORMAT_VERSION}"
         )
     tensors, _ = read_safetensors(folder / TENSORS)
     try:
+        config = upgrade_checkpoint(described)
         geometry = Geometry.from_dict(config["geometry"])
         key_mode, sharing, codec = config["key_mode"], config["sharing"], config["codec"]["name"]
         ranks = [(int(entry["key"]["rank"]), int(entry["value"]["rank"])) for entry in config["ranks"]]
-        # Checkpoints from before layers could differ name the sharing once.
-        sharings = [entry.get("sharing", sharing) for entry in config["ranks"]]
-        _require(config)
-    except (KeyError, TypeError, ValueError) as error:
+        sharings = [entry["sharing"] for entry in config["ranks"]]
+        _require(described)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidCheckpoint(f"{CONFIG} lacks a field or holds a wrong one ({error!r})") from error
     for name, value, allowed in (
         ("key_mode", key_mode, KEY_MODES),
         ("sharing", sharing, SHARING_CHOICES),
         *(("sharing of a layer", found, SHARINGS if sharing == "auto" else (sharing,)) for found in sharings),
-        ("codec", codec, tuple(CODECS)),
+        ("codec", codec, CODECS),
     ):
         if value not in allowed:
             raise InvalidCheckpoint(f"{CONFIG}: {name} {value!r} is not one of {', '.join(allowed)}")
@@ -97,7 +106,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     # Of the tensors alone: measurements are written into the configuration later.
     digest = read_sums(folder)[TENSORS]
     bases = tuple(
-        replace(_read_layer(tensors, i, pair, found, geometry), codec=codec, identity=digest)
+        replace(_read_layer(tensors, i, pair, found, geometry), codecs=(codec, codec), identity=digest)
         for i, (pair, found) in enumerate(zip(ranks, sharings, strict=True))
     )
     return Checkpoint(folder, config, geometry, key_mode, sharing, codec, bases)
@@ -110,7 +119,7 @@ def _require(config: dict[str, Any]) -> None:
             value = config[section][field]
             if not isinstance(value, kind):
                 raise TypeError(f"{section}.{field} is {value!r}")
-    for dtype in DTYPES:
+    for dtype in WEIGHT_DTYPES:
         if not isinstance(config["base_model"]["fingerprints"][dtype], str):
             raise TypeError(f"base_model.fingerprints.{dtype}")
 

@@ -11,29 +11,27 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from orthokv.bases.basis import Bases
+from orthokv.bases.basis import Bases, Basis
+from orthokv.checkpoint.card import model_card
 from orthokv.checkpoint.read import Checkpoint, read_checkpoint
 from orthokv.files.digests import SUMS, read_sums, sums_of
 from orthokv.files.folders import new_folder, swap_files
 from orthokv.files.reading import read_json
 from orthokv.models.source import ModelSource
-from orthokv.plan.plan import LATENT_BYTES, Plan
+from orthokv.plan.plan import Plan
 from orthokv.plan.profile import ErrorProfile
-from orthokv.runtime.codecs import CODECS, DEFAULT_CODEC
+from orthokv.runtime.measure import live_bytes_per_token
 from orthokv.spec.errors import CheckpointMismatch, InvalidSetting, StorageError
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.names import CARD, CONFIG, FORMAT_VERSION, QUANT_METHOD, TENSORS
-
-FORMS = ("adapter", "full")
-Form = Literal["adapter", "full"]
-
-
-# --------------------------------------------------------------------------------------------------- write
+from orthokv.spec.records import CheckpointRecord, LayerRanks, SideRank
+from orthokv.spec.version import producer
+from orthokv.spec.vocabulary import FORMS, Form, Sharing
 
 
 def write_checkpoint(
@@ -43,7 +41,6 @@ def write_checkpoint(
     *,
     form: Form = "adapter",
     base: ModelSource | None = None,
-    codec: str = DEFAULT_CODEC,
     polished: ErrorProfile | None = None,
 ) -> Checkpoint:
     """Write a checkpoint into a new folder and return it as read back.
@@ -55,14 +52,12 @@ def write_checkpoint(
         base: the base model's files; needed for ``form="full"``. Where given, it must be the profile's.
 
     Raises:
-        InvalidSetting: unknown form or codec, ``out`` is taken, or the base model is missing for a full checkpoint.
+        InvalidSetting: unknown form, ``out`` is taken, or the base model is missing for a full checkpoint.
         CheckpointMismatch: ``base`` is not the model that the profile was made from.
         StorageError: the disk is full or read-only; nothing is left behind.
     """
     if form not in FORMS:
         raise InvalidSetting(f"form must be one of {', '.join(FORMS)}, not {form!r}")
-    if codec not in CODECS:
-        raise InvalidSetting(f"codec must be one of {', '.join(CODECS)}, not {codec!r}")
     if form == "full" and base is None:
         raise InvalidSetting("a full checkpoint needs the base model's files")
     if base is not None and base.digest != profile.model["digest"]:
@@ -77,7 +72,7 @@ def write_checkpoint(
             _copy_base(base, folder, profile)
         save_file(_tensors(bases), folder / TENSORS)
         profile.save(folder)
-        config = _config(fitted, plan, bases, form=form, codec=codec)
+        config = _config(fitted, plan, bases, form=form)
         write_described(folder, config)
         read_checkpoint(folder)
     return read_checkpoint(out)
@@ -87,42 +82,35 @@ def _tensors(bases: list[Bases]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for i, layer in enumerate(bases):
         for side, basis in (("key", layer.key), ("value", layer.value)):
-            assert basis is not None
             found[f"layers.{i}.{side}.encoder"] = basis.encoder.contiguous()
             if not basis.orthonormal:
                 found[f"layers.{i}.{side}.decoder"] = basis.decoder.contiguous()
     return found
 
 
-def _config(
-    profile: ErrorProfile, plan: Plan, bases: list[Bases], *, form: str, codec: str
-) -> dict[str, Any]:
-    # Imported here: measuring builds a live cache, and the runtime reads checkpoints.
-    from orthokv.runtime.measure import live_bytes_per_token
-
+def _config(profile: ErrorProfile, plan: Plan, bases: list[Bases], *, form: Form) -> CheckpointRecord:
     geometry = profile.geometry
-    measured_bytes = live_bytes_per_token(geometry, bases, profile.key_mode)
+    (codec,) = {side.codec for layer in plan.layers for side in (layer.key, layer.value)}
+    measured_bytes = live_bytes_per_token(geometry, bases, profile.key_mode, codec)
     return {
         "format_version": FORMAT_VERSION,
-        "producer": profile.to_dict()["producer"],
+        "producer": producer(),
         "form": form,
         "base_model": profile.model,
         "geometry": geometry.to_dict(),
         "key_mode": profile.key_mode,
         "sharing": profile.sharing,
-        "codec": {"name": codec},
+        "codec": {"name": codec.name},
         "ranks": [
-            {"sharing": layer.sharing, **_ranks(pair, geometry)}
-            for layer, pair in zip(profile.layers, bases, strict=True)
+            _ranks(layer.sharing, pair, geometry) for layer, pair in zip(profile.layers, bases, strict=True)
         ],
         "cache": {
             "bytes_per_token": measured_bytes,
-            "bytes_per_token_dense": geometry.dense_bytes_per_token,
-            "kept": measured_bytes / geometry.dense_bytes_per_token,
-            "number_bytes": LATENT_BYTES,
+            "bytes_per_token_dense": plan.dense_bytes_per_token,
+            "kept": measured_bytes / plan.dense_bytes_per_token,
+            "number_bytes": codec.bits // 8,
         },
-        # A profile of before blocks could begin elsewhere has none: they began at 0.
-        "calibrated_positions": profile.dataset.get("positions", profile.dataset["sequence_length"]),
+        "calibrated_positions": profile.dataset["positions"],
         "dataset": profile.dataset,
         "method": profile.method,
         "seed": profile.seed,
@@ -131,13 +119,12 @@ def _config(
     }
 
 
-def _ranks(layer: Bases, geometry: Geometry) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for side, basis in (("key", layer.key), ("value", layer.value)):
-        assert basis is not None
+def _ranks(sharing: Sharing, layer: Bases, geometry: Geometry) -> LayerRanks:
+    def side(basis: Basis) -> SideRank:
         total = basis.latents_per_token
-        found[side] = {"rank": basis.rank, "total": total, "per_head": total / geometry.kv_heads}
-    return found
+        return {"rank": basis.rank, "total": total, "per_head": total / geometry.kv_heads}
+
+    return {"sharing": sharing, "key": side(layer.key), "value": side(layer.value)}
 
 
 def _copy_base(base: ModelSource, folder: Path, profile: ErrorProfile) -> None:
@@ -161,10 +148,8 @@ def _copy_base(base: ModelSource, folder: Path, profile: ErrorProfile) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def write_described(folder: Path, config: dict[str, Any]) -> None:
+def write_described(folder: Path, config: CheckpointRecord) -> None:
     """Write ``orthokv.json`` and everything that follows from it: the model card and the digests."""
-    from orthokv.checkpoint.card import model_card
-
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     (folder / CARD).write_text(model_card(config), encoding="utf-8")
     (folder / SUMS).write_text(sums_of(folder), encoding="utf-8")
@@ -176,7 +161,7 @@ def record_measurements(folder: Path, measured: dict[str, Any]) -> None:
     Raises:
         StorageError: the disk is full or read-only; the checkpoint is as it was.
     """
-    config = {**read_checkpoint(folder).config, "measured": measured}
+    config: CheckpointRecord = {**read_checkpoint(folder).config, "measured": measured}
     # As they stand: hashing them again would read a whole base model, and sign what was altered meanwhile.
     untouched = [
         f"{digest}  {name}" for name, digest in read_sums(folder).items() if name not in (CONFIG, CARD)

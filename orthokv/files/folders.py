@@ -13,6 +13,12 @@ from pathlib import Path
 from orthokv.spec.errors import InvalidSetting, StorageError
 
 
+def refuse_taken(out: Path) -> None:
+    """Raises `InvalidSetting` where a new folder cannot be: something is there already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidSetting(f"{out} exists and is not an empty folder")
+
+
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder that appears whole or not at all: written beside ``out`` and renamed at the end.
@@ -21,8 +27,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         InvalidSetting: ``out`` exists and is not an empty folder.
         StorageError: writing failed, a full disk for example; everything written is removed.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidSetting(f"{out} exists and is not an empty folder")
+    refuse_taken(out)
     out = out.resolve()
     missing = [parent for parent in out.parents if not parent.exists()]
     try:

@@ -12,42 +12,15 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from orthokv.fit.refine import CHECKS, Refinement, can_refine, check_steps, refine, watched_texts
+from orthokv.fit.refine import CHECKS, Refinement, can_refine, refine, watched_texts
 from orthokv.plan.plan import Plan
 from orthokv.plan.profile import ErrorProfile
-from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.progress import Reporter, silent
+from orthokv.spec.steps import polish_steps
 from orthokv.text.blocks import Blocks
 
 log = logging.getLogger("orthokv")
-
-# One plan needs fewer steps than many plans in turn.
-STEPS_SHARE = 0.5
-
-
-def check_polish(budget: Budget, asked: int | None) -> None:
-    """A budget on layer errors is met by the profile's own bases; the polish looks at predictions, and may break it.
-
-    Raises:
-        InvalidSetting: ``asked`` is no number of steps, or above 0 with such a budget.
-    """
-    check_steps("polish_steps", asked)
-    if asked and budget.metric == "layer_error":
-        raise InvalidSetting(f"polish_steps {asked}: a layer_error budget is not polished")
-
-
-def polish_steps(profile: ErrorProfile, budget: Budget, asked: int | None) -> int:
-    """Steps for a checkpoint of this profile: as asked, or half of those that the profile itself was refined with.
-
-    Raises:
-        InvalidSetting: see :func:`check_polish`.
-    """
-    check_polish(budget, asked)
-    if budget.metric == "layer_error":
-        return 0
-    refined: int = profile.method.get("refine_steps", 0)
-    return int(STEPS_SHARE * refined) if asked is None else asked
 
 
 def polish(
@@ -69,13 +42,11 @@ def polish(
             are others than the profile's or lie elsewhere.
         InvalidModel: the divergence is not finite.
     """
-    steps = polish_steps(profile, plan.budget, asked)
+    steps = polish_steps(profile.method["refine_steps"], plan.budget, asked)
     full = tuple((layer.key.rank, layer.value.rank) for layer in profile.layers)
     if steps == 0 or plan.ranks == full:
         return profile
-    # A profile of before blocks could begin elsewhere has no positions.
-    placed = profile.dataset.get("positions", blocks.positions)
-    if (blocks.digest, blocks.positions) != (profile.dataset["digest"], placed):
+    if (blocks.digest, blocks.positions) != (profile.dataset["digest"], profile.dataset["positions"]):
         raise InvalidSetting(
             "a plan is polished on the blocks that its profile was fitted on; these are others"
         )

@@ -106,12 +106,6 @@ class _Side:
 Ranks = Sequence[tuple[int, int]]
 
 
-def check_steps(name: str, asked: object) -> None:
-    """Raises :class:`InvalidSetting` where a number of steps is given that is none."""
-    if asked is not None and (type(asked) is not int or asked < 0):
-        raise InvalidSetting(f"{name} must be a whole number, at least 0, not {asked!r}")
-
-
 def can_refine(model: PreTrainedModel, **asked: int | None) -> bool:
     """Whether the model is whole; gradients through all layers need it.
 
@@ -252,6 +246,7 @@ def refine(
         turns = student.turns
         best = [turn.clone() for turn in turns]
         for step in range(settings.steps + 1):
+            # The first step at or after each CHECKS-th of the way: there `step * CHECKS / steps` has passed a whole number.
             if step * CHECKS % settings.steps < CHECKS or step == settings.steps:
                 scores.append(_score(teacher, student, watched, judged))
                 if not math.isfinite(scores[-1]):
@@ -266,6 +261,7 @@ def refine(
             if step == settings.steps:
                 break
             order = order or torch.randperm(len(calibration), generator=generator).tolist()
+            # Multiples of the golden ratio fall evenly into [0, 1) however many there are: no budget is long without a turn.
             ranks = plans[int((step + 1) * _GOLDEN % 1.0 * len(plans))]
             number = order.pop()
             block = calibration[number]

@@ -1,7 +1,7 @@
 """The registry: which model types of ``transformers`` are supported, and where each keeps what the library needs.
 
 A wrong guess about where rotary embedding, scaling or the output projection sits changes logits silently, so nothing is
-guessed: a model type has an entry in :data:`ARCHITECTURES`, proven by every test of ``tests/test_invariants.py``, or is
+guessed: a model type has an entry in :data:`ARCHITECTURES`, proven by every test of ``tests/library/test_invariants.py``, or is
 refused with the reason.
 """
 

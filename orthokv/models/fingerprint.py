@@ -13,12 +13,9 @@ from transformers import PreTrainedModel
 from orthokv.models.architectures import architecture_of
 from orthokv.models.geometry import attention_modules
 from orthokv.models.streaming import weights_present
+from orthokv.spec.vocabulary import WEIGHT_DTYPES
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WEIGHT_DTYPES}
 
 
 def _projections(model: PreTrainedModel) -> Iterator[Tensor]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 GIB = 1 << 30
@@ -18,17 +18,7 @@ def available_bytes(device: torch.device) -> int:
     """Memory that a model may take now: free on an accelerator; on the host what can be had without swapping."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(_host_bytes(), _container_bytes())
-
-
-def _host_bytes() -> int:
-    try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found is None:  # no Linux: all there is
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(found[1]) << 10
+    return min(psutil.virtual_memory().available, _container_bytes())
 
 
 def _container_bytes() -> int:

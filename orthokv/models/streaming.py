@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 from transformers.initialization import no_init_weights, no_tie_weights
 from transformers.modeling_utils import LoadStateDictConfig
 
+from orthokv.compat import drop_expected_keys, dtype_plan, finish_loading
 from orthokv.models.geometry import decoder_layers
 from orthokv.models.memory import GIB, available_bytes
 from orthokv.models.source import (
@@ -284,7 +285,7 @@ def stream_model(
             ignore_mismatched_sizes=True,  # reported in ``info`` instead, and refused below
             device_map={"": target},
             dtype=dtype,
-            dtype_plan=model._get_dtype_plan(dtype),
+            dtype_plan=dtype_plan(model, dtype),
             weight_mapping=cast(Any, get_model_conversion_mapping(model)),
         )
         targets = _targets(model, stored, config)
@@ -301,8 +302,7 @@ def stream_model(
             model, source, {key: tensor.file for key, tensor in stored.items()}, targets, config
         )
         weights.read_outside()
-        # Ties weights and computes what no file holds (rotary tables), as the end of ``from_pretrained`` does.
-        type(model)._finalize_model_loading(model, config, info)
+        finish_loading(model, config, info)
     check_weights(source, info.to_dict())
     weights.install()
     model = cast(PreTrainedModel, model.eval().requires_grad_(False))
@@ -333,7 +333,7 @@ def _targets(
 
 def _check_info(source: ModelSource, model: PreTrainedModel, info: Any) -> None:
     info = deepcopy(info)
-    model._adjust_missing_and_unexpected_keys(info)
+    drop_expected_keys(model, info)
     info.missing_keys -= model.all_tied_weights_keys.keys()
     faults = [*info.error_msgs, *(first_line(Exception(text)) for text in info.conversion_errors.values())]
     check_weights(source, {**info.to_dict(), "error_msgs": faults})

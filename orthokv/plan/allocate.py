@@ -11,38 +11,37 @@ measurement) it is the sum of squared errors.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from functools import cache
 
 import numpy as np
 
 from orthokv.plan.knapsack import Options, greedy, knapsack, pareto
-from orthokv.plan.plan import (
-    ALLOCATIONS,
-    LATENT_BYTES,
-    Allocation,
-    Plan,
-    damage_weights,
-    latents_of,
-    plan_ranks,
-    position_bytes,
-)
+from orthokv.plan.plan import Plan, damage_weights, layer_plans, plan_ranks
 from orthokv.plan.profile import ErrorProfile, LayerProfile
 from orthokv.plan.published import depth_weights, threshold_ranks, threshold_within
-from orthokv.plan.reachable import below_smallest
 from orthokv.plan.surface import interpolate
 from orthokv.spec.budget import Budget
+from orthokv.spec.check import below_smallest
+from orthokv.spec.codec import SIXTEEN_BIT, CodecSpec
 from orthokv.spec.errors import BudgetUnreachable, InvalidSetting
+from orthokv.spec.footprint import Footprint, SidePlan, dense_bytes
 from orthokv.spec.rankgrid import FREE, RankGrid
+from orthokv.spec.vocabulary import ALLOCATIONS, Allocation
 
 # Uniform ranks are a multiple of width / 128 where nothing else is asked: all layers step together, so steps must be fine.
 _UNIFORM_STEPS = 128
 
 
-def options_of(layer: LayerProfile, grid: RankGrid, weight: float, power: int = 2) -> Options:
-    """Every pair of allowed ranks; its damage is ``weight * error^power``."""
+def options_of(
+    layer: LayerProfile, grid: RankGrid, weight: float, power: int = 2, codec: CodecSpec = SIXTEEN_BIT
+) -> Options:
+    """Every pair of allowed ranks; its damage is `weight * error^power`."""
     grid_key, grid_value, squared = interpolate(layer, grid)
     ranks = np.stack(np.meshgrid(grid_key, grid_value, indexing="ij"), axis=-1).reshape(-1, 2)
-    cost = LATENT_BYTES * (layer.key.groups * ranks[:, 0] + layer.value.groups * ranks[:, 1])
+    keys = np.asarray([SidePlan(int(r), layer.key.groups, codec).token_bytes for r in grid_key])
+    values = np.asarray([SidePlan(int(r), layer.value.groups, codec).token_bytes for r in grid_value])
+    cost = (keys[:, None] + values).reshape(-1)
     error = np.sqrt(squared.reshape(-1))
     return Options(ranks, cost, error, weight * error**power)
 
@@ -52,6 +51,7 @@ def allocate(
     budget: Budget,
     allocation: Allocation = "knapsack",
     grid: RankGrid = FREE,
+    codec: CodecSpec = SIXTEEN_BIT,
 ) -> Plan:
     """Ranks for a ``kept`` or ``layer_error`` budget.
 
@@ -63,6 +63,7 @@ def allocate(
             ``layer_error`` the cheapest pair whose weighted error is within it. ``threshold`` is EigenAttention's
             (:func:`threshold_ranks`); for ``kept`` its error budget is raised until its ranks fit.
         grid: ranks that may be used; all rules respect it, and the knapsack is exact under it.
+        codec: how latents are stored, which decides what a rank costs.
 
     Raises:
         BudgetUnreachable: no candidate is small (or good) enough.
@@ -73,33 +74,38 @@ def allocate(
         raise InvalidSetting("a perplexity budget needs the model: use allocate_for_perplexity")
     if allocation not in ALLOCATIONS:
         raise InvalidSetting(f"allocation must be one of {', '.join(ALLOCATIONS)}, not {allocation!r}")
+    ranks = _ranks(profile, budget, allocation, grid, codec)
+    return plan_ranks(profile, budget, allocation, ranks, grid, codec)
+
+
+def _ranks(
+    profile: ErrorProfile, budget: Budget, allocation: Allocation, grid: RankGrid, codec: CodecSpec
+) -> list[tuple[int, int]]:
     if budget.metric == "layer_error":
-        return plan_ranks(profile, budget, allocation, _for_error(profile, budget, allocation, grid), grid)
-    fixed = position_bytes(profile.geometry, profile.key_mode)
-    budget_bytes = int(budget.value * profile.geometry.dense_bytes_per_token + 1e-9) - fixed
+        return _for_error(profile, budget, allocation, grid, codec)
+    fixed, dense = Footprint(profile.geometry, profile.key_mode).fixed(), dense_bytes(profile.geometry)
+    budget_bytes = int(budget.value * dense + 1e-9) - fixed
     if allocation == "uniform":
-        return plan_ranks(profile, budget, allocation, _uniform(profile, budget, budget_bytes, grid), grid)
+        return _uniform(profile, budget, budget_bytes, grid, codec)
     if allocation == "threshold":
-        return plan_ranks(profile, budget, allocation, threshold_within(profile, budget, grid), grid)
+        return threshold_within(profile, budget, grid, codec)
     if allocation == "pareto":
         weights, power = depth_weights(len(profile.layers)), 1
     else:
         weights, power = damage_weights(profile), 2
     fronts = [
-        pareto(options_of(layer, grid, weight, power))
+        pareto(options_of(layer, grid, weight, power, codec))
         for layer, weight in zip(profile.layers, weights, strict=True)
     ]
     picks = (knapsack if allocation == "knapsack" else greedy)(fronts, budget_bytes)
     if picks is None:
         smallest = sum(int(o.bytes.min()) for o in fronts) + fixed
-        raise below_smallest(budget, smallest / profile.geometry.dense_bytes_per_token)
-    return plan_ranks(
-        profile, budget, allocation, [o.pair(i) for o, i in zip(fronts, picks, strict=True)], grid
-    )
+        raise below_smallest(budget, smallest / dense)
+    return [o.pair(i) for o, i in zip(fronts, picks, strict=True)]
 
 
 def _for_error(
-    profile: ErrorProfile, budget: Budget, allocation: Allocation, grid: RankGrid
+    profile: ErrorProfile, budget: Budget, allocation: Allocation, grid: RankGrid, codec: CodecSpec
 ) -> list[tuple[int, int]]:
     if allocation == "threshold":
         return threshold_ranks(profile, budget.value, grid)
@@ -108,11 +114,11 @@ def _for_error(
     count = len(profile.layers)
     weights = depth_weights(count) if allocation == "pareto" else [1.0] * count
     ranks = [
-        _smallest(options_of(layer, grid, 1.0), budget.value / weight, layer.index)
+        _smallest(options_of(layer, grid, 1.0, codec=codec), budget.value / weight, layer.index)
         for layer, weight in zip(profile.layers, weights, strict=True)
     ]
-    if plan_ranks(profile, budget, allocation, ranks, grid).kept > 1:
-        best = max(allocate(profile, Budget("kept", 1.0), grid=grid).expected_error)
+    if plan_ranks(profile, budget, allocation, ranks, grid, codec).kept > 1:
+        best = max(allocate(profile, Budget("kept", 1.0), grid=grid, codec=codec).expected_error)
         raise BudgetUnreachable(
             f"layer_error {budget.value:g} would need more bytes than the uncompressed cache has; "
             f"within them it reaches {best:.3g}",
@@ -136,7 +142,7 @@ def _smallest(options: Options, bound: float, layer: int) -> tuple[int, int]:
 
 
 def _uniform(
-    profile: ErrorProfile, budget: Budget, budget_bytes: int, grid: RankGrid
+    profile: ErrorProfile, budget: Budget, budget_bytes: int, grid: RankGrid, codec: CodecSpec
 ) -> list[tuple[int, int]]:
     """The largest common share of the widths that fits, not below the ranks that were measured."""
 
@@ -146,16 +152,16 @@ def _uniform(
         if grid.free:
             return wanted
         allowed = grid.ranks(measured)
-        return int(allowed[max(0, int(np.searchsorted(allowed, wanted, side="right")) - 1)])
+        return allowed[max(0, bisect_right(allowed, wanted) - 1)]
 
     def pairs(share: int) -> list[tuple[int, int]]:
         return [(rank(share, layer.ranks_key), rank(share, layer.ranks_value)) for layer in profile.layers]
 
     def cost(pairs: list[tuple[int, int]]) -> int:
-        return LATENT_BYTES * latents_of(profile, pairs)
+        return sum(layer.token_bytes for layer in layer_plans(profile, pairs, codec))
 
     fitting = [p for p in map(pairs, range(1, _UNIFORM_STEPS + 1)) if cost(p) <= budget_bytes]
     if not fitting:
-        fixed = position_bytes(profile.geometry, profile.key_mode)
-        raise below_smallest(budget, (cost(pairs(1)) + fixed) / profile.geometry.dense_bytes_per_token)
+        fixed = Footprint(profile.geometry, profile.key_mode).fixed()
+        raise below_smallest(budget, (cost(pairs(1)) + fixed) / dense_bytes(profile.geometry))
     return fitting[-1]

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from orthokv.plan.profile import ErrorProfile
 from orthokv.plan.surface import squared_errors
 from orthokv.spec.budget import Budget
-from orthokv.spec.footprint import POSITION_BYTES, held_tokens
-from orthokv.spec.geometry import Geometry
+from orthokv.spec.codec import SIXTEEN_BIT, CodecSpec
+from orthokv.spec.footprint import Footprint, LayerPlan, SidePlan, dense_bytes
 from orthokv.spec.rankgrid import FREE, RankGrid
-from orthokv.spec.vocabulary import KeyMode, SharingChoice
-
-Allocation = Literal["knapsack", "greedy", "uniform", "pareto", "threshold"]
-
-
-ALLOCATIONS: tuple[Allocation, ...] = ("knapsack", "greedy", "uniform", "pareto", "threshold")
-
-
-LATENT_BYTES = 2
-
+from orthokv.spec.vocabulary import Allocation, KeyMode, SharingChoice
 
 _SENSITIVITY_FLOOR = 0.01
 
@@ -33,8 +24,8 @@ class Plan:
     """Ranks of every layer, and what they cost.
 
     Attributes:
-        ranks: ``(rank_key, rank_value)`` per group, one pair a layer.
-        bytes_per_token: latents (2 bytes each) and positions, of the whole model; what a live cache will hold.
+        layers: rank, groups and codec of the keys and of the values of each layer.
+        bytes_per_token: latents and positions of the whole model; what a live cache will hold.
         expected_error: error of each layer at its ranks, interpolated in the profile's measured surface.
         expected_kl: sum of ``sensitivity * error^2``; None without sensitivities.
         grid: the ranks that were allowed.
@@ -42,7 +33,7 @@ class Plan:
 
     key_mode: KeyMode
     sharing: SharingChoice
-    ranks: tuple[tuple[int, int], ...]
+    layers: tuple[LayerPlan, ...]
     bytes_per_token: int
     dense_bytes_per_token: int
     expected_error: tuple[float, ...]
@@ -55,6 +46,16 @@ class Plan:
     def kept(self) -> float:
         return self.bytes_per_token / self.dense_bytes_per_token
 
+    @property
+    def ranks(self) -> tuple[tuple[int, int], ...]:
+        """`(rank_key, rank_value)` per group, one pair a layer."""
+        return tuple(layer.ranks for layer in self.layers)
+
+    @property
+    def codecs(self) -> set[str]:
+        """Names of the codecs in use."""
+        return {side.codec.name for layer in self.layers for side in (layer.key, layer.value)}
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "budget": {"metric": self.budget.metric, "value": self.budget.value},
@@ -62,19 +63,13 @@ class Plan:
             "rank_multiple": self.grid.multiple,
             "rank_choices": list(self.grid.choices),
             "ranks": [{"key": k, "value": v} for k, v in self.ranks],
+            "codecs": [{"key": x.key.codec.name, "value": x.value.codec.name} for x in self.layers],
             "bytes_per_token": self.bytes_per_token,
             "dense_bytes_per_token": self.dense_bytes_per_token,
             "kept": self.kept,
             "expected_error": list(self.expected_error),
             "expected_kl": self.expected_kl,
         }
-
-
-def position_bytes(geometry: Geometry, key_mode: KeyMode, tokens: int = 1) -> int:
-    """Bytes that keys cached before RoPE need for the positions of ``tokens`` tokens (one copy for each window)."""
-    if key_mode != "pre":
-        return 0
-    return POSITION_BYTES * sum(held_tokens(window, tokens) for window in geometry.rotated_windows())
 
 
 def damage_weights(profile: ErrorProfile) -> list[float]:
@@ -86,10 +81,14 @@ def damage_weights(profile: ErrorProfile) -> list[float]:
     return [max(sensitivity, floor) for sensitivity in found]
 
 
-def latents_of(profile: ErrorProfile, ranks: Sequence[tuple[int, int]]) -> int:
-    """Latent numbers that a token adds to the cache of the whole model."""
-    return sum(
-        layer.key.groups * rank_key + layer.value.groups * rank_value
+def layer_plans(
+    profile: ErrorProfile, ranks: Sequence[tuple[int, int]], codec: CodecSpec = SIXTEEN_BIT
+) -> tuple[LayerPlan, ...]:
+    """What is stored of each layer at the given ranks."""
+    return tuple(
+        LayerPlan(
+            SidePlan(rank_key, layer.key.groups, codec), SidePlan(rank_value, layer.value.groups, codec)
+        )
         for layer, (rank_key, rank_value) in zip(profile.layers, ranks, strict=True)
     )
 
@@ -100,6 +99,7 @@ def plan_ranks(
     allocation: Allocation,
     ranks: Sequence[tuple[int, int]],
     grid: RankGrid = FREE,
+    codec: CodecSpec = SIXTEEN_BIT,
 ) -> Plan:
     """The plan of given ranks, ``(rank_key, rank_value)`` a layer: what they cost and what error the profile expects."""
     errors: list[float] = []
@@ -108,13 +108,13 @@ def plan_ranks(
         errors.append(float(squared[0, 0]) ** 0.5)
     known = all(layer.sensitivity is not None for layer in profile.layers)
     kl = sum(w * e**2 for w, e in zip(damage_weights(profile), errors, strict=True)) if known else None
+    layers = layer_plans(profile, ranks, codec)
     return Plan(
         key_mode=profile.key_mode,
         sharing=profile.sharing,
-        ranks=tuple(ranks),
-        bytes_per_token=LATENT_BYTES * latents_of(profile, ranks)
-        + position_bytes(profile.geometry, profile.key_mode),
-        dense_bytes_per_token=profile.geometry.dense_bytes_per_token,
+        layers=layers,
+        bytes_per_token=Footprint(profile.geometry, profile.key_mode).cache_bytes(layers),
+        dense_bytes_per_token=dense_bytes(profile.geometry),
         expected_error=tuple(errors),
         expected_kl=kl,
         budget=budget,

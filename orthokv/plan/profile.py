@@ -17,7 +17,8 @@ from orthokv.files.digests import SUMS, file_digest, verify_files
 from orthokv.files.reading import read_json, read_safetensors
 from orthokv.spec.errors import InvalidCheckpoint
 from orthokv.spec.geometry import Geometry
-from orthokv.spec.version import VERSION
+from orthokv.spec.records import BaseModel, Dataset, Method, upgrade_profile
+from orthokv.spec.version import producer
 from orthokv.spec.vocabulary import KEY_MODES, SHARING_CHOICES, SHARINGS, KeyMode, Sharing, SharingChoice
 
 PROFILE_VERSION = 1
@@ -164,8 +165,8 @@ class LayerProfile:
             sensitivity=data["sensitivity"],
             spectrum_key=tensors.get(prefix + "key.spectrum"),
             spectrum_value=tensors.get(prefix + "value.spectrum"),
-            spread=None if data.get("spread") is None else Spread.from_dict(data["spread"]),
-            candidates=tuple(Candidate.from_dict(entry) for entry in data.get("candidates", ())),
+            spread=None if data["spread"] is None else Spread.from_dict(data["spread"]),
+            candidates=tuple(Candidate.from_dict(entry) for entry in data["candidates"]),
         )
 
     def save(self, path: Path, geometry: Geometry) -> None:
@@ -199,15 +200,15 @@ class ErrorProfile:
     key_mode: KeyMode
     sharing: SharingChoice
     layers: tuple[LayerProfile, ...]
-    model: dict[str, Any]
-    dataset: dict[str, Any]
-    method: dict[str, Any]
+    model: BaseModel
+    dataset: Dataset
+    method: Method
     seed: int
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "format_version": PROFILE_VERSION,
-            "producer": {"name": "orthokv", "version": VERSION},
+            "producer": producer(),
             "model": self.model,
             "geometry": self.geometry.to_dict(),
             "key_mode": self.key_mode,
@@ -250,12 +251,9 @@ class ErrorProfile:
                     f"{PROFILE_JSON}: {name} {data.get(name)!r} is not one of {', '.join(allowed)}"
                 )
         try:
+            data = upgrade_profile(data)
             geometry = Geometry.from_dict(data["geometry"])
-            # Profiles from before layers could differ name the sharing once.
-            layers = tuple(
-                LayerProfile.from_parts({"sharing": data["sharing"], **entry}, tensors, geometry)
-                for entry in data["layers"]
-            )
+            layers = tuple(LayerProfile.from_parts(entry, tensors, geometry) for entry in data["layers"])
             profile = cls(
                 geometry=geometry,
                 key_mode=data["key_mode"],

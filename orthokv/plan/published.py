@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import numpy as np
 
 from orthokv.plan.plan import plan_ranks
 from orthokv.plan.profile import ErrorProfile
 from orthokv.plan.surface import interpolate
 from orthokv.spec.budget import Budget
+from orthokv.spec.codec import CodecSpec
 from orthokv.spec.errors import BudgetUnreachable, InvalidSetting
 from orthokv.spec.rankgrid import FREE, RankGrid
 
@@ -73,16 +76,17 @@ def threshold_ranks(
 
 
 def _round_up(rank: int, allowed: tuple[int, ...]) -> int:
-    return int(allowed[min(int(np.searchsorted(allowed, rank)), len(allowed) - 1)])
+    return allowed[min(bisect_left(allowed, rank), len(allowed) - 1)]
 
 
-def threshold_within(profile: ErrorProfile, budget: Budget, grid: RankGrid) -> list[tuple[int, int]]:
+def threshold_within(
+    profile: ErrorProfile, budget: Budget, grid: RankGrid, codec: CodecSpec
+) -> list[tuple[int, int]]:
     """The threshold rule at the smallest error budget whose ranks keep no more than asked."""
 
     def kept(error_budget: float) -> float:
-        return plan_ranks(
-            profile, budget, "threshold", threshold_ranks(profile, error_budget, grid), grid
-        ).kept
+        ranks = threshold_ranks(profile, error_budget, grid)
+        return plan_ranks(profile, budget, "threshold", ranks, grid, codec).kept
 
     low, high = 0.0, 1 + max(float(layer.error.max()) for layer in profile.layers)
     if (best := kept(high)) > budget.value:

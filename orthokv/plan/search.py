@@ -5,25 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from orthokv.plan.allocate import allocate, options_of
-from orthokv.plan.plan import Plan, plan_ranks, position_bytes
+from orthokv.plan.plan import Plan, plan_ranks
 from orthokv.plan.profile import ErrorProfile
 from orthokv.spec.budget import Budget
+from orthokv.spec.codec import SIXTEEN_BIT, CodecSpec
 from orthokv.spec.errors import BudgetUnreachable
+from orthokv.spec.footprint import Footprint, dense_bytes
 from orthokv.spec.rankgrid import FREE, RankGrid
 
 # Bisection over bytes for a perplexity budget stops at this share of the cache.
 _KEPT_TOLERANCE = 0.004
 
 
-def smallest_kept(profile: ErrorProfile, grid: RankGrid = FREE) -> float:
+def smallest_kept(profile: ErrorProfile, grid: RankGrid = FREE, codec: CodecSpec = SIXTEEN_BIT) -> float:
     """The smallest share of the cache that a plan of this profile can keep."""
-    smallest = sum(int(options_of(layer, grid, 1.0).bytes.min()) for layer in profile.layers)
-    fixed = position_bytes(profile.geometry, profile.key_mode)
-    return (smallest + fixed) / profile.geometry.dense_bytes_per_token
+    smallest = sum(int(options_of(layer, grid, 1.0, codec=codec).bytes.min()) for layer in profile.layers)
+    fixed = Footprint(profile.geometry, profile.key_mode).fixed()
+    return (smallest + fixed) / dense_bytes(profile.geometry)
 
 
 def allocate_for_perplexity(
-    profile: ErrorProfile, budget: Budget, increase: Callable[[Plan], float], grid: RankGrid = FREE
+    profile: ErrorProfile,
+    budget: Budget,
+    increase: Callable[[Plan], float],
+    grid: RankGrid = FREE,
+    codec: CodecSpec = SIXTEEN_BIT,
 ) -> tuple[Plan, float]:
     """The smallest cache whose perplexity increase, as ``increase`` has it, stays within the budget, and that increase.
 
@@ -33,8 +39,8 @@ def allocate_for_perplexity(
     Raises:
         BudgetUnreachable: even the best plan that is smaller than the uncompressed cache exceeds the budget.
     """
-    low, high = smallest_kept(profile, grid), 1.0
-    best = allocate(profile, Budget("kept", high), grid=grid)
+    low, high = smallest_kept(profile, grid, codec), 1.0
+    best = allocate(profile, Budget("kept", high), grid=grid, codec=codec)
     reached = increase(best)
     if not reached <= budget.value:  # also where it is not a number
         raise BudgetUnreachable(
@@ -45,10 +51,10 @@ def allocate_for_perplexity(
         )
     while high - low > _KEPT_TOLERANCE:
         middle = (low + high) / 2
-        plan = allocate(profile, Budget("kept", middle), grid=grid)
+        plan = allocate(profile, Budget("kept", middle), grid=grid, codec=codec)
         found = increase(plan)
         if found <= budget.value:
             best, reached, high = plan, found, middle
         else:
             low = middle
-    return plan_ranks(profile, budget, "knapsack", best.ranks, grid), reached
+    return plan_ranks(profile, budget, "knapsack", best.ranks, grid, codec), reached

@@ -1,6 +1,6 @@
 """Codecs that pack several tokens together.
 
-Tokens wait in an ordinary growing layer, as they are, until they fill a block; whole blocks are packed and stay packed. What
+Tokens wait in an ordinary growing layer, in 16 bits, until they fill a block; whole blocks are packed and stay packed. What
 moves sequences (beams, batches) moves blocks and waiting tokens alike. What takes single tokens away can only do so where no
 block is cut; `refuse_cut` says so.
 """
@@ -44,10 +44,12 @@ def pack_blocks(codec: Codec, z: Tensor, block: int) -> tuple[Tensor | None, Ten
 
 
 class BlockLayer(DynamicLayer):
-    """A growing layer of latents whose whole blocks are packed: `packed` before, `keys` and `values` after them."""
+    """A growing layer of latents: whole blocks `packed`, and behind them `keys` and `values` that wait, in 16 bits."""
 
-    def __init__(self, key: Codec, value: Codec) -> None:
+    def __init__(self, key: Codec, value: Codec, exact: Codec) -> None:
+        """`exact` stores the tokens that wait."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self.exact = exact
         self.codecs = (key, value)
         self.block = block_of(key, value)
         self.packed: tuple[Tensor, Tensor] | None = None
@@ -56,7 +58,7 @@ class BlockLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Take in latents; returns those that wait."""
-        keys, values = super().update(key_states, value_states)
+        keys, values = super().update(self.exact.pack(key_states), self.exact.pack(value_states))
         whole = keys.shape[-2] // self.block * self.block
         if whole:
             new = tuple(

@@ -42,13 +42,15 @@ class LatentLayer(CacheLayerMixin):
         self.index = index
         self.identity = bases.identity
         self.widths = tuple((basis.groups, basis.rank) for basis in both_sides(bases))
-        codec = codec_of(bases.codec, dtype)
-        self.codecs: tuple[Codec, Codec] = (codec, codec)
+        key, value = bases.codecs
+        self.codecs: tuple[Codec, Codec] = (codec_of(key, dtype), codec_of(value, dtype))
         self.policy = policy
         self.block = block_of(*self.codecs)
         if policy != Policy():
             refuse_cut(self.block, "a cache with a window or of a fixed length")
-        self.stock: Any = policy.layer() if self.block == 1 else BlockLayer(*self.codecs)
+        self.stock: Any = (
+            policy.layer() if self.block == 1 else BlockLayer(*self.codecs, codec_of("16-bit", dtype))
+        )
         self.book: PositionBook | None = None
 
     def update(
@@ -222,7 +224,8 @@ def adopt_layer(cache: Cache, index: int, bases: LayerBases, dtype: torch.dtype,
             cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[index]
     if isinstance(layer, LatentLayer):
-        if (layer.identity, layer.codecs[0].name) != (bases.identity, bases.codec):
+        names = tuple(codec.name for codec in layer.codecs)
+        if (layer.identity, names) != (bases.identity, bases.codecs):
             raise InvalidSetting("this cache was filled by another compressed model or an earlier attachment")
         return
     policy = Policy.of(layer)

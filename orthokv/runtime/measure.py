@@ -10,26 +10,24 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from orthokv.bases.basis import Bases, LayerBases
 from orthokv.runtime.cache import Storing, both_sides, cache_bytes
 from orthokv.runtime.call import Call
-from orthokv.runtime.codecs import DEFAULT_CODEC
+from orthokv.spec.codec import SIXTEEN_BIT, CodecSpec
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.vocabulary import KeyMode
 
 
 def live_bytes_per_token(
-    geometry: Geometry,
-    bases: Sequence[LayerBases],
-    key_mode: KeyMode,
-    codec: str = DEFAULT_CODEC,
-    dtype: torch.dtype = torch.bfloat16,
+    geometry: Geometry, bases: Sequence[LayerBases], key_mode: KeyMode, codec: CodecSpec = SIXTEEN_BIT
 ) -> int:
-    """Put one token of a model of `dtype` into a real cache and count what it holds, by `codec` whatever the bases name."""
+    """Put one token into a real cache under a codec and count what it holds."""
+    # Only sizes matter: a plain dtype of the codec's width stands for the model's own.
+    dtype = torch.bfloat16 if codec.bits == 16 else torch.float32
     cache = DynamicCache()
     for index, layer_bases in enumerate(bases):
         window = geometry.window(index)
         cache.layers.append(DynamicLayer() if window is None else DynamicSlidingWindowLayer(window))
         key, value = (basis.to(dtype=dtype) for basis in both_sides(layer_bases))
         positions = torch.zeros(1, 1) if key_mode == "pre" and geometry.uses_rope(index) else None
-        call = Call(Bases(key, value, codec), tables=None, positions=positions)
+        call = Call(Bases(key, value, (codec.name, codec.name)), tables=None, positions=positions)
         token = torch.zeros((1, geometry.kv_heads, 1, geometry.head_dim), dtype=dtype)
         Storing(cache, call).update(token, token, index)
     return cache_bytes(cache)

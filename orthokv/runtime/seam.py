@@ -60,10 +60,10 @@ from orthokv.models.architectures import architecture_of, restore_forward, use_o
 from orthokv.models.geometry import attention_modules, geometry_of
 from orthokv.models.rotary import Rotary, layer_rotaries
 from orthokv.runtime.attend import Attended, Held, Step, Stock, Turn, attend
-from orthokv.runtime.blocks import pack_blocks
+from orthokv.runtime.blocks import block_of, pack_blocks
 from orthokv.runtime.cache import Storing
 from orthokv.runtime.call import Call
-from orthokv.runtime.codecs import codec_of
+from orthokv.runtime.codecs import Codec, codec_of
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.geometry import check_key_mode
 from orthokv.spec.names import ATTENTION_PREFIX as PREFIX
@@ -270,15 +270,16 @@ def _attention(
 def _hold(bases: LayerBases | None, key: Tensor, value: Tensor) -> tuple[Held, Held]:
     """Keys and values of one call as a cache would hold them."""
     if bases is None:
-        return _hold_side(None, "native", key), _hold_side(None, "native", value)
-    return _hold_side(bases.key, bases.codec, key), _hold_side(bases.value, bases.codec, value)
+        return Held(None, None, None, key), Held(None, None, None, value)
+    key_codec, value_codec = (codec_of(name, key.dtype) for name in bases.codecs)
+    block = block_of(key_codec, value_codec)
+    return _hold_side(bases.key, key_codec, key, block), _hold_side(bases.value, value_codec, value, block)
 
 
-def _hold_side(basis: Basis | None, codec_name: str, x: Tensor) -> Held:
+def _hold_side(basis: Basis | None, codec: Codec, x: Tensor, block: int) -> Held:
     if basis is None:
         return Held(None, None, None, x)
-    codec = codec_of(codec_name, x.dtype)
-    rows, waiting = pack_blocks(codec, basis.encode(x), codec.block)
+    rows, waiting = pack_blocks(codec, basis.encode(x), block)
     return Held(basis, codec, rows, waiting)
 
 

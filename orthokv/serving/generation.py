@@ -13,6 +13,7 @@ from orthokv.models.geometry import geometry_of
 from orthokv.runtime.cache import cache_bytes
 from orthokv.serving.attach import attach, detach
 from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.footprint import dense_bytes
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def generate(
     # Counted on what the cache keeps, layer by layer: a sliding window keeps fewer tokens than it has seen.
     layers: list[Any] = cache.layers
     kept = sum(layer.keys.shape[-2] for layer in layers)
-    dense = kept * geometry.dense_bytes_per_token // len(layers)
+    dense = kept * dense_bytes(geometry) // len(layers)
     text = tokenizer.decode(sequences[0], skip_special_tokens=True)
     return Generated(
         text=str(text),

@@ -1,26 +1,28 @@
-"""How many bytes a codec takes: integers only, without torch. What packs the numbers is in `orthokv.runtime.codecs`."""
+"""How many bytes a stored latent takes. Integers only: what packs the numbers stands in `orthokv.runtime.codecs`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.vocabulary import CODECS, CodecName
 
-# Bits a number of each codec; None: as many as the model's own numbers have.
-CODEC_BITS: dict[str, int | None] = {"16-bit": 16, "native": None}
-DEFAULT_CODEC = "16-bit"
+DEFAULT_CODEC: CodecName = "16-bit"
+# Numbers that are stored as they are, in the sinks and in the recent window, take 16 bits.
+EXACT_BYTES = 2
 
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """Sizes of a codec.
+    """The sizes of a codec. Its unit is a block of `block` tokens of one group, with its scales inside.
 
     Attributes:
-        bits: bits of one latent number.
-        block: tokens that are packed together, in one row.
-        scale_bits: bits of the scales of one row, stored inside it.
-        window: last tokens that stay in 16 bits.
-        sinks: first tokens that stay in 16 bits.
+        name: as in `CODECS`.
+        bits: of one latent number.
+        block: tokens that are packed together; 1: every token has a row of its own.
+        scale_bits: of all scales and offsets of a block.
+        window: the most recent tokens, which are kept whole in 16 bits.
+        sinks: the first tokens, likewise.
     """
 
     name: str
@@ -30,17 +32,43 @@ class CodecSpec:
     window: int = 0
     sinks: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in (("bits", 1), ("block", 1), ("scale_bits", 0), ("window", 0), ("sinks", 0)):
+            if getattr(self, name) < least:
+                raise InvalidSetting(f"{name} of a codec must be at least {least}, not {getattr(self, name)}")
+
     def row_bytes(self, rank: int) -> int:
-        """Bytes of `block` tokens of one group at a rank, scales included."""
-        return -(-(self.block * rank * self.bits + self.scale_bits) // 8)
+        """Bytes of one packed block of one group whose latents have `rank` numbers."""
+        return -(-(self.bits * rank * self.block + self.scale_bits) // 8)
+
+    def exact_tokens(self, tokens: int) -> int:
+        """How many of `tokens` are not packed: sinks, window, and a tail that does not fill a block yet."""
+        whole = min(tokens, self.sinks + self.window)
+        return whole + (tokens - whole) % self.block
+
+    def stored_bytes(self, rank: int, tokens: int, width: int) -> int:
+        """Bytes of `tokens` of one group: packed blocks at `rank`, the others whole at `width` numbers."""
+        exact = self.exact_tokens(tokens)
+        return (tokens - exact) // self.block * self.row_bytes(rank) + exact * width * EXACT_BYTES
 
 
-def codec_spec(name: str, number_bytes: int) -> CodecSpec:
-    """The sizes of a codec on a model whose own numbers have `number_bytes`.
+SIXTEEN_BIT = CodecSpec("16-bit", 16)
+
+
+def codec_spec(name: str, number_bytes: int = EXACT_BYTES) -> CodecSpec:
+    """A codec by name, under a model whose own numbers take `number_bytes`.
+
+    `16-bit` stores 16 bits whatever the model computes in; `native` the model's own numbers, which rounds nothing.
 
     Raises:
         InvalidSetting: there is no such codec.
     """
-    if name not in CODEC_BITS:
-        raise InvalidSetting(f"codec must be one of {', '.join(CODEC_BITS)}, not {name!r}")
-    return CodecSpec(name, CODEC_BITS[name] or 8 * number_bytes)
+    check_codec(name)
+    return SIXTEEN_BIT if name == SIXTEEN_BIT.name else CodecSpec(name, 8 * number_bytes)
+
+
+def check_codec(name: str) -> CodecName:
+    """The name, if it is one of `CODECS`; `InvalidSetting` otherwise."""
+    if name not in CODECS:
+        raise InvalidSetting(f"codec must be one of {', '.join(CODECS)}, not {name!r}")
+    return name

@@ -39,11 +39,6 @@ class Geometry:
         """Numbers that one token adds to the keys (or to the values) of one layer."""
         return self.kv_heads * self.head_dim
 
-    @property
-    def dense_bytes_per_token(self) -> int:
-        """Bytes that one token adds to the uncompressed 16-bit cache of the whole model, while no window is full."""
-        return self.layers * 2 * self.kv_width * 2
-
     def uses_rope(self, layer: int) -> bool:
         return self.rope is not None and (self.rotated is None or self.rotated[layer])
 

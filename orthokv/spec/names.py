@@ -1,4 +1,4 @@
-"""What checkpoint folders and their configurations are called. Imports nothing: `orthokv.client` must start fast."""
+"""What checkpoint folders and their configurations are called. Imports nothing."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from orthokv.compat import packaged_builders
 from orthokv.spec.errors import InvalidDataset, InvalidSetting
 from orthokv.spec.hub_ids import is_hub_id
 from orthokv.text.source import TextSource
@@ -182,8 +183,7 @@ def _check_pages(file: Any, source: TextSource) -> None:
 def _hub_texts(source: TextSource) -> Iterator[str]:
     name, datasets = source.source, _extra("datasets", source)
     # The name of a builder would be read as that builder, over whatever lies in the working folder.
-    builders = _extra("datasets.packaged_modules", source)._PACKAGED_DATASETS_MODULES
-    if not is_hub_id(name) or name in builders:
+    if not is_hub_id(name) or name in packaged_builders():
         raise InvalidDataset(f"{name!r} is not the id of a hub data set")
     try:
         # The prefix keeps a local folder of the same name out.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.database import SyncDatabase
+from app.infra.database import SyncDatabase
 from app.jobs.models import Step
 from app.jobs.vocabulary import StepStatus
 

@@ -1,4 +1,4 @@
-"""`kill -9` at every named place of `app/failpoints.py`: what was acknowledged ends once, and the checker finds nothing."""
+"""`kill -9` at every named place of `app/infra/failpoints.py`: what was acknowledged ends once, the checker finds nothing."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from app import failpoints
 from app.checker.checks import check
-from app.database import SyncDatabase
-from app.jobs.reaper import sweep_orphans
+from app.deletion.orphans import sweep_orphans
+from app.infra import failpoints
+from app.infra.database import SyncDatabase
+from app.infra.storage import Storage
 from app.migrate import upgrade
-from app.storage import Storage
-from tests.crash.test_scripted import RUNNER
-from tests.fleet import Api, Worker
-from tests.postgres import postgres_url
-from tests.server import until
-from tests.service.factories import Script, job_body
+from tests.support.factories import Script, job_body
+from tests.support.fleet import Api, Worker
+from tests.support.orthokv_server import until
+from tests.support.paths import SCRIPTED_RUNNER
+from tests.support.postgres import postgres_url
 
 pytestmark = pytest.mark.crash
 
@@ -49,7 +49,7 @@ def fleet(
         yield {
             "ORTHOKV_DATABASE_URL": url,
             "ORTHOKV_STORAGE_URL": (folder / "objects").as_uri(),
-            "ORTHOKV_RUNNER_COMMAND": json.dumps([sys.executable, str(RUNNER), str(script.folder)]),
+            "ORTHOKV_RUNNER_COMMAND": json.dumps([sys.executable, str(SCRIPTED_RUNNER), str(script.folder)]),
             "ORTHOKV_RUNNER_ENVIRONMENT": '["ORTHOKV_FAILPOINT", "ORTHOKV_FAILPOINT_DIR"]',
             "ORTHOKV_LEASE_SECONDS": "2",
             "ORTHOKV_HEARTBEAT_SECONDS": "0.3",

@@ -11,8 +11,8 @@ from app.migrate import upgrade
 from tests.crash.test_fleet import started_by
 from tests.crash.test_real import BODY
 from tests.crash.test_scripted import digests
-from tests.fleet import Api, Worker
-from tests.postgres import postgres_url
+from tests.support.fleet import Api, Worker
+from tests.support.postgres import postgres_url
 
 pytestmark = [pytest.mark.crash, pytest.mark.slow]
 

@@ -25,7 +25,7 @@ from orthokv.runtime.attend import (
     implementation,
 )
 from orthokv.runtime.codecs import codec_of
-from tests.tiny import tiny_model, tiny_seam, tiny_tokens
+from tests.support.tiny import tiny_model, tiny_seam, tiny_tokens
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 8
 

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer
 
 import orthokv
-from orthokv.bases.basis import Bases
+from orthokv.bases.basis import PartialBases
 from orthokv.checkpoint.write import write_checkpoint
 from orthokv.models.geometry import geometry_of
 from orthokv.plan.allocate import allocate
@@ -26,7 +26,7 @@ from orthokv.runtime.seam import Seam
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.vocabulary import KEY_MODES, KeyMode
-from tests.tiny import tiny_bases, tiny_folder, tiny_model, tiny_profile, tiny_seam, tiny_tokens
+from tests.support.tiny import tiny_bases, tiny_folder, tiny_model, tiny_profile, tiny_seam, tiny_tokens
 
 # What `transformers` reads of cache layers, in any of its files.
 READ = (
@@ -178,7 +178,7 @@ def test_a_cache_is_not_filled_with_one_side_alone() -> None:
     model = tiny_model("llama")
     with Seam(model, "post") as seam:
         full = tiny_bases(seam.geometry)[0]
-        seam.set_bases(0, Bases(full.key, None))
+        seam.set_bases(0, PartialBases(full.key, None))
         with pytest.raises(InvalidSetting, match="lacks a basis"):
             fill(model, DynamicCache(config=model.config), tiny_tokens(1, 3), 3)
 
@@ -218,7 +218,7 @@ def test_a_cache_saved_to_disk_goes_on_in_another_process(
     torch.save({"cache": cache, "ids": ids[:, 9:]}, tmp_path / "cache.pt")
     code = """
         import sys, torch, orthokv
-        from tests.tiny import tiny_model
+        from tests.support.tiny import tiny_model
         torch.set_num_threads(1)
         folder, checkpoint = sys.argv[1:]
         saved = torch.load(f"{folder}/cache.pt", weights_only=False)

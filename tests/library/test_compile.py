@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, StaticCache
 from benchmarks.bench import MODEL
 from orthokv.models.source import load_model, resolve_model
 from orthokv.spec.vocabulary import KEY_MODES, KeyMode
-from tests.tiny import ARCHITECTURES, tiny_model, tiny_seam, tiny_tokens
+from tests.support.tiny import ARCHITECTURES, tiny_model, tiny_seam, tiny_tokens
 
 # Those whose uncompressed model does not compile into one graph, and what it breaks at.
 BREAKS: dict[str, tuple[type[Exception], str]] = {

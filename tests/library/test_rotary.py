@@ -11,7 +11,7 @@ import torch
 from orthokv.models.architectures import ARCHITECTURES
 from orthokv.models.geometry import attention_modules, geometry_of
 from orthokv.models.rotary import Rotation, layer_rotaries
-from tests.tiny import VARIANTS, tiny_model
+from tests.support.tiny import VARIANTS, tiny_model
 
 ROTATED = [name for name in VARIANTS if ARCHITECTURES[name.split("+")[0]].rotary is not None]
 # Numbers of a tiny model's heads that turn, where it is not all of them.

@@ -18,7 +18,7 @@ from benchmarks.bench import MODEL
 from orthokv.models.source import load_model, resolve_model
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.vocabulary import KEY_MODES, KeyMode
-from tests.tiny import ARCHITECTURES, tiny_bases, tiny_model, tiny_seam, tiny_tokens
+from tests.support.tiny import ARCHITECTURES, tiny_bases, tiny_model, tiny_seam, tiny_tokens
 
 THREADS = 8
 

@@ -1,6 +1,9 @@
-"""Methods that fit bases. The registry is :data:`METHODS`: a name, and the dataclass behind it."""
+"""Methods that fit bases. The registry is `METHODS`: a name, and the dataclass behind it."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
+from typing import cast
 
 from orthokv.fit.methods.base import FittedBases, Method
 from orthokv.fit.methods.eigen import Eigen
@@ -8,14 +11,10 @@ from orthokv.fit.methods.oblique import Oblique
 from orthokv.fit.methods.palu import Palu
 from orthokv.fit.methods.stiefel import Stiefel
 from orthokv.fit.methods.weighted import Weighted
-from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.methods import MethodSettings, method_settings
 
-METHODS: dict[str, type[Eigen] | type[Palu] | type[Stiefel] | type[Weighted] | type[Oblique]] = {
-    "eigen": Eigen,
-    "stiefel": Stiefel,
-    "weighted": Weighted,
-    "oblique": Oblique,
-    "palu": Palu,
+METHODS: dict[str, type[MethodSettings]] = {
+    kind.name: kind for kind in (Eigen, Stiefel, Weighted, Oblique, Palu)
 }
 
 __all__ = [
@@ -32,19 +31,10 @@ __all__ = [
 
 
 def make_method(name: str, **settings: object) -> Method:
-    """A method by name, with those of ``settings`` that are not None.
+    """A method by name, ready to fit; see `orthokv.spec.methods.method_settings`."""
+    return method_of(method_settings(name, **settings))
 
-    Raises:
-        InvalidSetting: unknown method, or a setting that it does not have, or that cannot be.
-    """
-    method = METHODS.get(name)
-    if method is None:
-        raise InvalidSetting(f"method must be one of {', '.join(METHODS)}, not {name!r}")
-    given = {key: value for key, value in settings.items() if value is not None}
-    unknown = given.keys() - method.__dataclass_fields__.keys()
-    if unknown:
-        raise InvalidSetting(f"method {name!r} has no setting {', '.join(sorted(unknown))}")
-    try:
-        return method(**given)  # type: ignore[arg-type]
-    except TypeError as error:  # a word where a number belongs
-        raise InvalidSetting(f"method {name!r}: {error}") from error
+
+def method_of(settings: MethodSettings) -> Method:
+    """The method that has these settings."""
+    return cast(Method, METHODS[settings.name](**asdict(settings)))

@@ -42,14 +42,11 @@ class FittedBases:
 class Method(Protocol):
     """Fits one layer.
 
-    A method is a small frozen dataclass whose fields are its hyper-parameters. ``fit`` must not depend on other layers or
+    A method is a frozen dataclass: its settings (`orthokv.spec.methods`) with a fit. ``fit`` must not depend on other layers or
     on global random state: the same view and seed give the same bases.
     """
 
     name: ClassVar[str]
-    learned: ClassVar[bool]
-    # Steps of :mod:`orthokv.fit.refine` that belong to the method where nothing else is asked for.
-    refine_steps: ClassVar[int]
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases: ...
 

@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from orthokv.bases.basis import Basis, orthonormal
 from orthokv.fit.methods.base import FittedBases, descending_eigh, grouped_moment, query_moment
 from orthokv.fit.task import LayerView
-from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.methods import EigenSettings
 from orthokv.spec.vocabulary import Sharing
 
 
 @dataclass(frozen=True)
-class Eigen:
+class Eigen(EigenSettings):
     """Bases from the singular vectors of keys and of values (not centred, as in the paper).
 
-    Attributes:
-        statistics: ``"k"`` is what the released code does for Llama: keys only, pooled over the heads. ``"kq"`` is the
-            paper's form: keys stacked with the queries that read them, so that both fit the basis.
 
     The singular vectors come from the second moment (float64), which gives the same vectors as an SVD of the tall
     activation matrix with ``width^2`` numbers of memory. With ``sharing="tied"`` and ``"k"`` this is the released
     method for Llama, with ``"head"`` and ``"kq"`` the paper's; its rank rule is
     :func:`orthokv.plan.published.threshold_ranks`. With ``"head"`` and ``"k"`` it is what the literature calls K-SVD.
     """
-
-    name: ClassVar[str] = "eigen"
-    learned: ClassVar[bool] = False
-    refine_steps: ClassVar[int] = 0
-    statistics: Literal["k", "kq"] = "k"
-
-    def __post_init__(self) -> None:
-        if self.statistics not in ("k", "kq"):
-            raise InvalidSetting(f"statistics must be 'k' or 'kq', not {self.statistics!r}")
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
         geometry = view.geometry

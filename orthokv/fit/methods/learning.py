@@ -13,7 +13,7 @@ from torch import Tensor
 from orthokv.bases.basis import Bases
 from orthokv.fit.task import LayerView
 from orthokv.models.repeatable import repeatable
-from orthokv.spec.errors import InvalidModel, InvalidSetting
+from orthokv.spec.errors import InvalidModel
 
 # Ranks that a step may train, as shares of the width. Below the first a cache is useless, above the second the closed
 # form is already exact to within rounding.
@@ -62,12 +62,6 @@ def order_tail(point: Tensor, moment: Tensor) -> Tensor:
     head, tail = point[..., :trained].double(), point[..., trained:].double()
     _, vectors = torch.linalg.eigh(tail.transpose(-1, -2) @ moment @ tail)
     return torch.cat([head, (tail @ vectors).flip(-1)], dim=-1).to(point.dtype)
-
-
-def check_share(share: float | None) -> None:
-    """Refuse a share of the widths outside (0, 1]; None trains all ranks."""
-    if share is not None and not 0 < share <= 1:
-        raise InvalidSetting(f"share must be in (0, 1], not {share:g}")
 
 
 @dataclass
@@ -120,7 +114,7 @@ def descend(
     losses: list[Tensor] = []
     for step in range(steps):
         if len(order) < blocks_per_step:
-            order = torch.randperm(view.blocks, generator=generator).tolist()
+            order = torch.randperm(view.fitted_count, generator=generator).tolist()
         blocks, order = order[:blocks_per_step], order[blocks_per_step:]
         for variable in variables:
             variable.requires_grad_(True)

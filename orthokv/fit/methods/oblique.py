@@ -3,47 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from orthokv.bases.basis import Bases, Basis
 from orthokv.bases.manifold import duals
 from orthokv.fit.methods.base import FittedBases
-from orthokv.fit.methods.learning import Adam, check_share, descend
+from orthokv.fit.methods.learning import Adam, descend
 from orthokv.fit.methods.weighted import Whitened, whitened_layer
 from orthokv.fit.task import LayerView
-from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.methods import ObliqueSettings
 from orthokv.spec.vocabulary import Sharing
 
 
 @dataclass(frozen=True)
-class Oblique:
+class Oblique(ObliqueSettings):
     """Minimise the layer's output error over invertible matrices ``A``: encoder ``A``, decoder ``A^-T``.
 
-    Attributes:
-        steps: optimiser steps a layer.
-        step_size: how far a column turns in a step at the start, in radians, about.
-        share: None trains every rank in turn; a share of the widths trains that rank alone, which shows what nesting costs.
 
     The first ``r`` columns of both are an oblique projector for every ``r``, and the full rank is exact. Two free matrices
     would have no such order: what a few columns learn to shrink, the others could not add back. ``A`` is moved in the whitened
     coordinates of :mod:`orthokv.fit.methods.weighted`, where all directions matter alike, so that one step size fits all.
     """
-
-    name: ClassVar[str] = "oblique"
-    learned: ClassVar[bool] = True
-    refine_steps: ClassVar[int] = 400
-    steps: int = 200
-    step_size: float = 0.007
-    share: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise InvalidSetting(f"steps must be at least 1, not {self.steps}")
-        if not self.step_size > 0:
-            raise InvalidSetting(f"step_size must be above 0, not {self.step_size}")
-        check_share(self.share)
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
         geometry = view.geometry

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from orthokv.fit.methods.eigen import Eigen
 from orthokv.fit.task import LayerView
 from orthokv.models.architectures import architecture_of
 from orthokv.spec.errors import UnsupportedModel
+from orthokv.spec.methods import PaluSettings
 from orthokv.spec.vocabulary import Sharing
 
 # Above rounding in 16 bits, far below what a norm, a clip or a rotation between projection and cache does.
@@ -20,12 +21,10 @@ _LINEAR = 1e-2
 
 
 @dataclass(frozen=True)
-class Palu:
+class Palu(PaluSettings):
     """Bases from the weights: with ``S S^T`` the second moment of the layer's input, the SVD ``S^T W_g = U Sigma V^T`` of the
     columns of ``W_k`` (or ``W_v``) that belong to group ``g``.
 
-    Attributes:
-        whitened: False takes the SVD of ``W_g`` alone, which needs no text.
 
     The rank-``r`` weight that changes the projected calibration inputs least is ``W_g V_r V_r^T``, so ``x W_g`` becomes
     ``k V_r V_r^T``: an orthonormal basis ``V_r`` of the keys. ``V`` are the eigenvectors of ``W_g^T S S^T W_g``, for which no
@@ -39,11 +38,6 @@ class Palu:
     Keys must be a linear map of the layer's input. A bias is refused, because Palu adds it after the rebuilding and a basis
     has no constant; so are norms of the keys (Qwen3) and keys after RoPE.
     """
-
-    name: ClassVar[str] = "palu"
-    learned: ClassVar[bool] = False
-    refine_steps: ClassVar[int] = 0
-    whitened: bool = True
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
         """See :class:`~orthokv.fit.methods.base.Method`.
@@ -100,8 +94,8 @@ def _input_moment(view: LayerView) -> Tensor:
 
     handle = projection.register_forward_pre_hook(observe)
     try:
-        for batch in view.walk.batches(view.blocks):
-            view.walk.forward(view.index, view.walk.inputs[batch], range(view.blocks)[batch])
+        for batch in view.walk.batches(view.fitted_count):
+            view.walk.forward(view.index, view.walk.inputs[batch], range(view.fitted_count)[batch])
     finally:
         handle.remove()
     return total / view.moments.tokens

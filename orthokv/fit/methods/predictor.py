@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from orthokv.bases.basis import Bases, orthonormal
+from orthokv.bases.basis import PartialBases, orthonormal
 from orthokv.bases.manifold import qr
 from orthokv.fit.methods.base import FittedBases
 from orthokv.fit.methods.learning import rank_pairs
@@ -97,15 +97,15 @@ def _fit_side(
     predictor = BasisPredictor(width, generator).to(device)
     optimiser = torch.optim.AdamW(predictor.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs)
-    held_out = max(1, round(HELD_OUT_SHARE * view.blocks))
-    training = list(range(max(1, view.blocks - held_out)))
-    validation = list(range(view.blocks - held_out, view.blocks))
+    held_out = max(1, round(HELD_OUT_SHARE * view.fitted_count))
+    training = list(range(max(1, view.fitted_count - held_out)))
+    validation = list(range(view.fitted_count - held_out, view.fitted_count))
     pairs = rank_pairs(width, width, seed)
     blocks_per_step = BLOCKS_KEY if keys else BLOCKS_VALUE
 
     def loss(rank: int, blocks: list[int]) -> Tensor:
         basis = orthonormal(predictor(described)[..., :rank], geometry.kv_heads, geometry.head_dim)
-        bases = Bases(basis, None) if keys else Bases(None, basis)
+        bases = PartialBases(basis, None) if keys else PartialBases(None, basis)
         return view.loss(bases, blocks).clamp_min(1e-20).log()
 
     history: list[float] = []

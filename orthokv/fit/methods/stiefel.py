@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from torch import Tensor
 from orthokv.bases.basis import Bases, Basis, orthonormal
 from orthokv.bases.manifold import RETRACTIONS, qr, tangent
 from orthokv.fit.methods.base import FittedBases, descending_eigh, grouped_moment
-from orthokv.fit.methods.learning import Adam, check_share, descend, order_tail
+from orthokv.fit.methods.learning import Adam, descend, order_tail
 from orthokv.fit.methods.predictor import fit_predictor
 from orthokv.fit.methods.weighted import whitened_layer
 from orthokv.fit.task import LayerView
-from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.methods import StiefelSettings
 from orthokv.spec.vocabulary import Sharing
 
 Parameterisation = Literal["direct", "predictor"]
@@ -23,49 +23,8 @@ Start = Literal["eigen", "weighted", "random"]
 
 
 @dataclass(frozen=True)
-class Stiefel:
-    """Orthonormal bases, learned through the whole decoder layer (paper section 3).
-
-    Attributes:
-        parameterisation: ``"direct"`` moves the point itself, from a closed-form start. ``"predictor"`` is the paper's: an
-            MLP maps the mean and variance of the activations to a matrix whose QR factor is the basis.
-        steps: optimiser steps a layer (``direct``).
-        epochs: largest number of passes over the blocks (``predictor``; the paper's 50).
-        step_size: how far a column turns in a step at the start, in radians, about (``direct``).
-        start: where ``direct`` starts: the singular vectors (``"eigen"``), the orthonormalised weighted closed form
-            (``"weighted"``), or, to see what a start is worth, anywhere (``"random"``).
-        retraction: a key of :data:`orthokv.bases.manifold.RETRACTIONS`.
-        share: None trains every rank in turn; a share of the widths trains that rank alone (``direct``).
-    """
-
-    name: ClassVar[str] = "stiefel"
-    learned: ClassVar[bool] = True
-    refine_steps: ClassVar[int] = 0
-    parameterisation: Parameterisation = "direct"
-    steps: int = 200
-    epochs: int = 50
-    step_size: float = 0.05
-    start: Start = "eigen"
-    retraction: str = "cholesky"
-    share: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "epochs"):
-            if getattr(self, name) < 1:
-                raise InvalidSetting(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.parameterisation not in ("direct", "predictor"):
-            raise InvalidSetting(
-                f"parameterisation must be 'direct' or 'predictor', not {self.parameterisation!r}"
-            )
-        if not self.step_size > 0:
-            raise InvalidSetting(f"step_size must be above 0, not {self.step_size}")
-        check_share(self.share)
-        if self.start not in get_args(Start):
-            raise InvalidSetting(f"start must be one of {', '.join(get_args(Start))}, not {self.start!r}")
-        if self.retraction not in RETRACTIONS:
-            raise InvalidSetting(
-                f"retraction must be one of {', '.join(RETRACTIONS)}, not {self.retraction!r}"
-            )
+class Stiefel(StiefelSettings):
+    """Orthonormal bases, learned through the whole decoder layer (paper section 3)."""
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
         if self.parameterisation == "predictor":

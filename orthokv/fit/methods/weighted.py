@@ -16,7 +16,6 @@ approximation, since the exact objective would keep each head's keys with its ow
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from orthokv.fit.methods.base import (
     query_moment,
 )
 from orthokv.fit.task import LayerView
+from orthokv.spec.methods import WeightedSettings
 from orthokv.spec.sharing import group_width
 from orthokv.spec.vocabulary import Sharing
 
@@ -78,12 +78,8 @@ def whitened_layer(view: LayerView, sharing: Sharing) -> tuple[Whitened, Whitene
 
 
 @dataclass(frozen=True)
-class Weighted:
+class Weighted(WeightedSettings):
     """Query- and output-weighted closed form: seconds a model, no learning, an oblique pair."""
-
-    name: ClassVar[str] = "weighted"
-    learned: ClassVar[bool] = False
-    refine_steps: ClassVar[int] = 0
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
         geometry = view.geometry

@@ -1,4 +1,4 @@
-"""How latents are packed. A codec has a name in `CODECS`, which gives the codec for a model's dtype."""
+"""How latents are packed. A codec has a name, which gives it for a model's dtype."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from orthokv.spec.codec import DEFAULT_CODEC, CodecSpec, codec_spec
+from orthokv.spec.codec import CodecSpec, codec_spec
 from orthokv.spec.errors import InvalidSetting
-
-__all__ = ["CODECS", "DEFAULT_CODEC", "Codec", "Numbers", "codec_of"]
 
 
 class Codec(Protocol):
@@ -75,7 +73,8 @@ def native(model_dtype: torch.dtype) -> Codec:
     return Numbers(codec_spec("native", model_dtype.itemsize), model_dtype)
 
 
-CODECS: dict[str, Callable[[torch.dtype], Codec]] = {"16-bit": sixteen_bit, "native": native}
+# One for each name of `orthokv.spec.vocabulary.CODECS`.
+PACKING: dict[str, Callable[[torch.dtype], Codec]] = {"16-bit": sixteen_bit, "native": native}
 
 
 def codec_of(name: str, model_dtype: torch.dtype) -> Codec:
@@ -84,6 +83,6 @@ def codec_of(name: str, model_dtype: torch.dtype) -> Codec:
     Raises:
         InvalidSetting: there is none.
     """
-    if name not in CODECS:
-        raise InvalidSetting(f"codec must be one of {', '.join(CODECS)}, not {name!r}")
-    return CODECS[name](model_dtype)
+    if name not in PACKING:
+        raise InvalidSetting(f"codec must be one of {', '.join(PACKING)}, not {name!r}")
+    return PACKING[name](model_dtype)

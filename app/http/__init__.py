@@ -1,0 +1,1 @@
+"""What every route stands on: problems, pages, middleware, the OpenAPI document."""
