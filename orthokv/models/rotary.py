@@ -8,15 +8,10 @@ angle once, `[B, T, width / 2]`, whatever the model's own looks like, and one fu
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from orthokv.spec.geometry import Geometry
 
 Tables = tuple[Tensor, Tensor]
 # How a model's tables repeat an angle: `a b a b`, `a a b b`, or not at all.
@@ -84,20 +79,3 @@ class Rotary:
         """Cosines and sines `[B, S, width / 2]` of `positions` `[B, S]`, on the device of `like`."""
         made = self.module(like, positions.to(like.device).long(), *self.arguments)
         return self.rotation.once(cast(Tables, made))
-
-
-def layer_rotaries(model: PreTrainedModel, geometry: Geometry) -> list[Rotary | None]:
-    """One for each layer; None where a layer uses no rotary embedding."""
-    from orthokv.models.architectures import architecture_of
-
-    architecture = architecture_of(model.config)
-    if architecture.rotary is None:
-        return [None] * geometry.layers
-    module = model.get_submodule(architecture.rotary)
-    types = model.config.layer_types if architecture.tables_by_layer_type else None
-    return [
-        Rotary(architecture.rotation, module, () if types is None else (types[layer],))
-        if geometry.uses_rope(layer)
-        else None
-        for layer in range(geometry.layers)
-    ]

@@ -57,8 +57,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from orthokv.bases.basis import Basis, LayerBases
 from orthokv.models.architectures import architecture_of, restore_forward, use_own_forward
-from orthokv.models.geometry import attention_modules, geometry_of
-from orthokv.models.rotary import Rotary, layer_rotaries
+from orthokv.models.geometry import attention_modules, geometry_of, layer_rotaries
+from orthokv.models.rotary import Rotary
 from orthokv.runtime.attend import Attended, Held, Step, Stock, Turn, attend
 from orthokv.runtime.blocks import block_of, pack_blocks
 from orthokv.runtime.cache import Storing

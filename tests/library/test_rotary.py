@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from orthokv.models.architectures import ARCHITECTURES
-from orthokv.models.geometry import attention_modules, geometry_of
-from orthokv.models.rotary import Rotation, layer_rotaries
+from orthokv.models.geometry import attention_modules, geometry_of, layer_rotaries
+from orthokv.models.rotary import Rotation
 from tests.support.tiny import VARIANTS, tiny_model
 
 ROTATED = [name for name in VARIANTS if ARCHITECTURES[name.split("+")[0]].rotary is not None]
