@@ -67,7 +67,7 @@ class LayerTask:
         # Bases are kept in float32 and used in the model's dtype; gradients come back through the cast.
         dtype = self.walk.inputs.dtype
         key, value = (None if basis is None else basis.to(dtype=dtype) for basis in (bases.key, bases.value))
-        self.seam.set_bases(self.index, PartialBases(key, value, bases.store_dtype))
+        self.seam.set_bases(self.index, PartialBases(key, value, bases.codecs))
         try:
             return self.walk.forward(self.index, self.walk.inputs[blocks], blocks).float()
         finally:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import copy
 import string
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,12 +21,16 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+from orthokv.bases.basis import Bases, Basis
 from orthokv.models.architectures import ARCHITECTURES as REGISTRY
 from orthokv.models.source import load_model, resolve_model
 from orthokv.pipeline import build_profile, fit_layers
 from orthokv.plan.profile import ErrorProfile
+from orthokv.runtime.seam import Seam
+from orthokv.spec.geometry import Geometry
 from orthokv.spec.settings import FitSettings
-from orthokv.spec.vocabulary import Sharing
+from orthokv.spec.sharing import group_width
+from orthokv.spec.vocabulary import KeyMode, Sharing
 from orthokv.text.blocks import Blocks
 
 ARCHITECTURES: tuple[str, ...] = tuple(REGISTRY)
@@ -255,6 +262,34 @@ def tiny_text(characters: int, seed: int = 0) -> str:
 def tiny_blocks(samples: int = 4, length: int = 16, seed: int = 0) -> Blocks:
     """Random calibration blocks."""
     return Blocks.of(tiny_tokens(samples, length, seed), f"tiny tokens (seed {seed})")
+
+
+def tiny_bases(
+    geometry: Geometry, sharing: Sharing = "joint", codec: str = "native", share: float = 0.5, seed: int = 0
+) -> list[Bases]:
+    """Random orthonormal bases for every layer, of other ranks for keys than for values; float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def basis(share: float, *, keys: bool) -> Basis:
+        stored, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=keys)
+        square = torch.linalg.qr(torch.randn(stored, width, width, generator=generator))[0]
+        encoder = square[..., : max(1, int(width * share))].contiguous()
+        return Basis(encoder, encoder, geometry.kv_heads, geometry.head_dim)
+
+    return [
+        Bases(basis(share, keys=True), basis(1.25 * share, keys=False), (codec, codec))
+        for _ in range(geometry.layers)
+    ]
+
+
+@contextmanager
+def tiny_seam(model: PreTrainedModel, key_mode: KeyMode, bases: list[Bases] | None = None) -> Iterator[Seam]:
+    """A model compressed by `tiny_bases` unless by others."""
+    with Seam(model, key_mode) as seam:
+        for layer, found in enumerate(bases or tiny_bases(seam.geometry)):
+            key, value = (basis.to(dtype=model.dtype) for basis in (found.key, found.value))
+            seam.set_bases(layer, replace(found, key=key, value=value))
+        yield seam
 
 
 def tiny_profile(folder: Path, blocks: Blocks | None = None, **settings: Any) -> ErrorProfile:
