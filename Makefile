@@ -35,8 +35,10 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m demo.run
 
+# Processes that share the tests; each has its own databases, ports and folders.
+WORKERS ?= auto
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not crash and not mlflow and not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not crash and not mlflow and not slow" $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not crash and not mlflow"
@@ -76,6 +78,7 @@ check: $(STAMP)
 	$(BIN)/python -m tools.openapi --check
 	$(BIN)/python -m tools.client_sources --check
 	$(BIN)/python -m tools.support_table --check
+	$(BIN)/python -m tools.import_circles
 	$(BIN)/python -m app.migrate --check
 	$(BIN)/yamllint --strict -c .yamllint.yml .yamllint.yml docker-compose.yml deploy
 	$(BIN)/hadolint Dockerfile gpu_worker.Dockerfile
