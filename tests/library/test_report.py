@@ -102,9 +102,10 @@ def profile_of(
             "digest": "cd" * 32,
             "num_samples": 64,
             "sequence_length": 512,
+            "positions": 512,
             "held_out": 8,
         },
-        "method": {"name": "stiefel", "parameterisation": "direct", "steps": 100},
+        "method": {"name": "stiefel", "parameterisation": "direct", "steps": 100, "refine_steps": 0},
         "seed": 7,
     }
     return ErrorProfile(**parts | changes)
