@@ -344,7 +344,7 @@ def run_job(
         order = database.read(load_order, lease, settings)
         request = prepare(order, lease, storage, settings, folder / f"{job.id}-{number}")
         said = io.StringIO()
-        assert run(request.model_dump(), Wire(said)) == 0, said.getvalue()
+        assert run(request, Wire(said)) == 0, said.getvalue()
         files: list[Produced] = []
         data: dict[str, Any] = {}
         for line in said.getvalue().splitlines():

@@ -150,5 +150,5 @@ def test_a_server_runs_no_code_of_the_folder_that_it_was_started_in(tmp_path: Pa
     runner = subprocess.run(
         Settings().runner_command, cwd=tmp_path, input="", capture_output=True, text=True, check=False
     )
-    assert "JSONDecodeError" in runner.stderr, "ours has read its request"
+    assert "json_invalid" in runner.stderr, "ours has read its request"
     assert not marker.exists()

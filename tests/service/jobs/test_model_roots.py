@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from huggingface_hub import constants
-from orthokv.errors import ModelNotFound
 from pydantic import ValidationError
 
 from app.infra.database import SyncDatabase
@@ -21,6 +20,7 @@ from app.main import create_app
 from app.principal import DEFAULT_PROJECT_ID, local_principal
 from app.settings import Settings
 from orthokv.models.source import resolve_model
+from orthokv.spec.errors import ModelNotFound
 from tests.service.workers.test_supervisor import running, until
 from tests.support.factories import Script, advance, finish, job_body, must_claim, queue_job, read_job
 from tests.support.tenants import OWNER, bearer, new_key, new_project, principal_of
