@@ -331,7 +331,7 @@ FULL_DISK = """
     from orthokv.allocate import allocate
     from orthokv.budget import Budget
     from orthokv.checkpoint import record_measurements, write_checkpoint
-    from orthokv.errors import StorageError
+    from orthokv.spec.errors import StorageError
     from orthokv.profile import ErrorProfile
     from orthokv.source import resolve_model
 

@@ -128,7 +128,11 @@ class TestPages:
         assert browser.get("/openapi.json").json()["info"]["title"] == "OrthoKV"
         assert browser.get("/v1/jobs").status_code == 401
 
-    @pytest.mark.parametrize("token", ["", "okv_local_", generate_token(), TOKEN[:-1]])
+    @pytest.mark.parametrize(
+        "token",
+        ["", "okv_local_", generate_token(), TOKEN[:-1]],
+        ids=["none", "its prefix", "another", "cut"],
+    )
     def test_another_token_opens_nothing(self, browser: TestClient, token: str) -> None:
         for headers in ({}, {"Cookie": f"orthokv-docs-80={token}"}):
             refused = browser.get("/docs", params={"token": token}, headers=headers)

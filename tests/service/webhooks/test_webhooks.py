@@ -761,7 +761,11 @@ class TestSealing:
         )
         assert receiver.requests == []
 
-    @pytest.mark.parametrize("value", ["canary-short", "é" * 44, Fernet.generate_key().decode() + ",x"])
+    @pytest.mark.parametrize(
+        "value",
+        ["canary-short", "é" * 44, Fernet.generate_key().decode() + ",x"],
+        ids=["short", "other letters", "a key and more"],
+    )
     def test_what_is_no_key_is_refused_without_repeating_it(self, value: str) -> None:
         with pytest.raises(ValidationError) as refusal:
             Settings.model_validate({"secret_keys": value})
