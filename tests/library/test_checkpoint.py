@@ -328,12 +328,12 @@ FULL_DISK = """
     import json, resource, signal, sys
     from pathlib import Path
     import orthokv
-    from orthokv.allocate import allocate
-    from orthokv.budget import Budget
-    from orthokv.checkpoint import record_measurements, write_checkpoint
+    from orthokv.plan.allocate import allocate
+    from orthokv.spec.budget import Budget
+    from orthokv.checkpoint.write import record_measurements, write_checkpoint
     from orthokv.spec.errors import StorageError
-    from orthokv.profile import ErrorProfile
-    from orthokv.source import resolve_model
+    from orthokv.plan.profile import ErrorProfile
+    from orthokv.models.source import resolve_model
 
     disk, measured = Path(sys.argv[1]), json.loads(sys.argv[4])
     profile = ErrorProfile.load(Path(sys.argv[2]))

@@ -232,9 +232,9 @@ def test_bases_attach_to_a_streamed_model(text: TextSource, tmp_path: Path) -> N
 
 PEAKS = """
 import sys, torch
-from orthokv.memory import peak_bytes
-from orthokv.source import load_model, resolve_model
-from orthokv.streaming import stream_model
+from orthokv.models.memory import peak_bytes
+from orthokv.models.source import load_model, resolve_model
+from orthokv.models.streaming import stream_model
 torch.set_num_threads(1)
 source = resolve_model(sys.argv[1])
 peaks = [peak_bytes()]
