@@ -42,14 +42,18 @@ class CodecSpec:
         return -(-(self.bits * rank * self.block + self.scale_bits) // 8)
 
     def exact_tokens(self, tokens: int) -> int:
-        """How many of `tokens` are not packed: sinks, window, and a tail that does not fill a block yet."""
-        whole = min(tokens, self.sinks + self.window)
-        return whole + (tokens - whole) % self.block
+        """How many of `tokens` are kept whole: sinks and window."""
+        return min(tokens, self.sinks + self.window)
+
+    def waiting_tokens(self, tokens: int) -> int:
+        """How many of the others do not fill a block yet: they wait as latents of 16 bits a number."""
+        return (tokens - self.exact_tokens(tokens)) % self.block
 
     def stored_bytes(self, rank: int, tokens: int, width: int) -> int:
-        """Bytes of `tokens` of one group: packed blocks at `rank`, the others whole at `width` numbers."""
-        exact = self.exact_tokens(tokens)
-        return (tokens - exact) // self.block * self.row_bytes(rank) + exact * width * EXACT_BYTES
+        """Bytes of `tokens` of one group: packed blocks, latents that wait, and whole tokens of `width` numbers."""
+        exact, waiting = self.exact_tokens(tokens), self.waiting_tokens(tokens)
+        blocks = (tokens - exact - waiting) // self.block
+        return blocks * self.row_bytes(rank) + EXACT_BYTES * (waiting * rank + exact * width)
 
 
 SIXTEEN_BIT = CodecSpec("16-bit", 16)

@@ -80,7 +80,8 @@ def profile_of(
         layer_profile(i, geometry, sharing, scale=scale, sensitivity=sensitivity, spectra=spectra)
         for i, (scale, sensitivity) in enumerate(zip(scales, sensitivities, strict=True))
     )
-    return ErrorProfile(geometry, key_mode, sharing, layers, {"id": "x"}, {"sequence_length": 8}, {}, 0)
+    dataset, method = {"sequence_length": 8, "positions": 8}, {"refine_steps": 0}
+    return ErrorProfile(geometry, key_mode, sharing, layers, {"id": "x"}, dataset, method, 0)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------- budgets

@@ -17,6 +17,7 @@ from orthokv.bases.basis import orthonormal
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.fit.grouping import COMPARED_KEPT, SHARING_TOLERANCE, error_at_bytes, narrowest_good
+from orthokv.models.geometry import geometry_of
 from orthokv.models.source import load_model, resolve_model
 from orthokv.pipeline import build_profile, compress, fit_layers
 from orthokv.plan.allocate import allocate
@@ -41,7 +42,7 @@ claim = settings(deadline=None, max_examples=25, suppress_health_check=list(Heal
 HEADS, HEAD_DIM = 8, 16
 
 
-def geometry_of(kv_heads: int) -> Geometry:
+def geometry_with(kv_heads: int) -> Geometry:
     return replace(geometry_of(tiny_config("llama")), kv_heads=kv_heads, head_dim=HEAD_DIM)
 
 
@@ -63,7 +64,14 @@ def mixed_profile() -> ErrorProfile:
     """One layer in each form."""
     layers = tuple(layer_of(s, 1.0 + i, i) for i, s in enumerate(("pair", "quad", "joint")))  # type: ignore[arg-type]
     return ErrorProfile(
-        geometry_of(HEADS), "pre", "auto", layers, {"id": "x"}, {"sequence_length": 8}, {}, seed=0
+        geometry_with(HEADS),
+        "pre",
+        "auto",
+        layers,
+        {"id": "x"},
+        {"sequence_length": 8, "positions": 8},
+        {"refine_steps": 0},
+        seed=0,
     )
 
 
@@ -85,7 +93,7 @@ def mixed_profile() -> ErrorProfile:
 def test_auto_has_the_groups_that_divide_the_heads_and_fits_no_form_twice(
     kv_heads: int, expected: tuple[Sharing, ...]
 ) -> None:
-    assert sharings_of("auto", geometry_of(kv_heads)) == expected
+    assert sharings_of("auto", geometry_with(kv_heads)) == expected
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ def test_groups_that_do_not_divide_are_refused_before_a_weight_is_read(
 ) -> None:
     with pytest.raises(InvalidSetting, match=named):
         check(
-            geometry_of(kv_heads), FitSettings(sharing=sharing, key_mode="pre"), Target(Budget("kept", 0.5))
+            geometry_with(kv_heads), FitSettings(sharing=sharing, key_mode="pre"), Target(Budget("kept", 0.5))
         )
     changes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": kv_heads}
     folder = tiny_folder(tmp_path, "llama", **changes)
@@ -237,7 +245,7 @@ def test_uniform_gives_every_layer_the_same_share_of_its_own_width() -> None:
 
 
 def test_a_budget_below_every_form_is_refused_and_one_that_some_form_meets_is_not() -> None:
-    geometry, grid = geometry_of(HEADS), RankGrid(8)
+    geometry, grid = geometry_with(HEADS), RankGrid(8)
     smallest = {
         sharing: HEADS * HEAD_DIM // width * max(8, candidate_ranks(width)[0]) / (HEADS * HEAD_DIM)
         for sharing, width in (("pair", 32), ("quad", 64), ("joint", 128))
@@ -260,7 +268,7 @@ def test_a_budget_below_every_form_is_refused_and_one_that_some_form_meets_is_no
 def test_ranks_that_one_form_cannot_have_are_refused_before_anything_is_fitted() -> None:
     with pytest.raises(InvalidSetting, match=r"multiple of 64 .* width 32"):
         check(
-            geometry_of(HEADS),
+            geometry_with(HEADS),
             FitSettings(sharing="auto", key_mode="pre"),
             Target(Budget("kept", 0.5), grid=RankGrid(64)),
         )

@@ -363,7 +363,9 @@ def test_an_evaluation_that_fails_detaches(profile: Callable[..., ErrorProfile],
 
 def test_a_perplexity_budget_is_checked_on_held_out_text(profile: Callable[..., ErrorProfile]) -> None:
     found, model, held_out = profile(), tiny_model("llama"), tiny_blocks(2, 16, seed=8)
-    plan, reached = make_plan(found, Budget("perplexity_increase", 0.5), model=model, held_out=held_out)
+    plan, reached = make_plan(
+        found, Target(Budget("perplexity_increase", 0.5)), model=model, held_out=held_out
+    )
     assert reached is not None
     assert reached.increase <= reached.bound <= 0.5
     with Seam(model, "pre") as seam:
@@ -378,7 +380,7 @@ def test_a_perplexity_budget_that_cannot_be_met_says_what_can(profile: Callable[
     # Its own text: on random tokens a worse model can have the lower perplexity.
     held_out = self_text(model, num_samples=8, sequence_length=32, seed=8)
     with pytest.raises(BudgetUnreachable) as caught:
-        make_plan(profile(), Budget("perplexity_increase", 1e-9), model=model, held_out=held_out)
+        make_plan(profile(), Target(Budget("perplexity_increase", 1e-9)), model=model, held_out=held_out)
     assert caught.value.asked == 1e-9
     assert caught.value.best > 1e-9
     assert seam_of(model) is None
@@ -386,7 +388,7 @@ def test_a_perplexity_budget_that_cannot_be_met_says_what_can(profile: Callable[
 
 def test_a_perplexity_budget_needs_a_model_and_text(profile: Callable[..., ErrorProfile]) -> None:
     with pytest.raises(InvalidSetting, match="needs the model"):
-        make_plan(profile(), Budget("perplexity_increase", 0.1))
+        make_plan(profile(), Target(Budget("perplexity_increase", 0.1)))
 
 
 # --------------------------------------------------------------------------------------------------- one way in

@@ -202,7 +202,7 @@ def test_what_a_perplexity_budget_reached_is_what_the_polished_plan_reaches(tmp_
     model = tiny_model("llama")
     _, held_out = blocks.split(profile.dataset["held_out"])
     budget = Budget("perplexity_increase", 0.05)
-    plan, reached = make_plan(profile, budget, model=model, held_out=held_out)
+    plan, reached = make_plan(profile, Target(budget), model=model, held_out=held_out)
     assert reached is not None
     polished, after = polish_plan(model, profile, plan, reached, blocks, 40)
     with Seam(model, profile.key_mode) as seam:
@@ -227,7 +227,9 @@ def test_a_polish_that_would_break_a_promise_is_not_taken(
     )
     model = tiny_model("llama")
     _, held_out = blocks.split(profile.dataset["held_out"])
-    plan, reached = make_plan(profile, Budget("perplexity_increase", 0.05), model=model, held_out=held_out)
+    plan, reached = make_plan(
+        profile, Target(Budget("perplexity_increase", 0.05)), model=model, held_out=held_out
+    )
     monkeypatch.setattr("orthokv.pipeline.polish", lambda *_: worse)
     taken, after = polish_plan(model, profile, plan, reached, blocks)
     assert taken is profile
@@ -292,7 +294,7 @@ def test_the_service_packs_what_the_library_writes(asked: int | None, metric: st
     source = resolve_model(str(folder))
     model = load(source, "cpu")
     _, held_out = blocks.split(1)
-    plan, reached = make_plan(profile, Budget(metric, 0.3), model=model, held_out=held_out)  # type: ignore[arg-type]
+    plan, reached = make_plan(profile, Target(Budget(metric, 0.3)), model=model, held_out=held_out)  # type: ignore[arg-type]
     polished, reached = polish_plan(model, profile, plan, reached, blocks, asked)
     write_checkpoint(profile, plan, tmp_path / "own", base=source, polished=polished)
     assert json.loads((work / "checkpoint" / CONFIG).read_text())["method"].get("polish_steps") == (

@@ -82,13 +82,14 @@ codecs = st.builds(
 def test_stored_bytes_are_those_of_packed_blocks_and_of_tokens_kept_whole(
     codec: CodecSpec, rank: int, tokens: int
 ) -> None:
-    exact = codec.exact_tokens(tokens)
-    assert 0 <= exact <= tokens
-    assert (tokens - exact) % codec.block == 0
-    assert exact >= min(tokens, codec.sinks + codec.window)
-    assert exact < codec.sinks + codec.window + codec.block
-    blocks = (tokens - exact) // codec.block
-    assert codec.stored_bytes(rank, tokens, 64) == blocks * codec.row_bytes(rank) + exact * 64 * 2
+    exact, waiting = codec.exact_tokens(tokens), codec.waiting_tokens(tokens)
+    assert exact == min(tokens, codec.sinks + codec.window)
+    assert 0 <= waiting < codec.block
+    blocks, rest = divmod(tokens - exact - waiting, codec.block)
+    assert rest == 0
+    assert codec.stored_bytes(rank, tokens, 64) == blocks * codec.row_bytes(rank) + 2 * (
+        rank * waiting + 64 * exact
+    )
     assert 8 * codec.row_bytes(rank) >= codec.bits * rank * codec.block + codec.scale_bits
     assert 8 * (codec.row_bytes(rank) - 1) < codec.bits * rank * codec.block + codec.scale_bits
 
