@@ -528,7 +528,7 @@ class TestProjects:
         upload(client, b"text")
         succeeded(client, database)
         store_files(database, storage, tmp_path)
-        del client.headers["Authorization"]
+        client.headers.update(OWNER)
         both = stored_of()
 
         assert "tenant" in self.invoke(settings, "list").output
