@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orthokv.models.architectures import architecture_of
+from orthokv.spec.architectures import MODEL_TYPES
 from orthokv.spec.geometry import Geometry
 
 Tables = tuple[Tensor, Tensor]
@@ -47,11 +48,12 @@ class Rotary:
 
 def layer_rotaries(model: PreTrainedModel, geometry: Geometry) -> list[Rotary | None]:
     """One for each layer; None where a layer uses no rotary embedding."""
-    architecture = architecture_of(model.config)
-    if architecture.rotary is None:
+    if geometry.rope is None:
         return [None] * geometry.layers
+    architecture = architecture_of(model.config)
     module = model.get_submodule(architecture.rotary)
-    types = model.config.layer_types if architecture.tables_by_layer_type else None
+    by_layer_type = MODEL_TYPES[geometry.model_type].tables_by_layer_type
+    types = model.config.layer_types if by_layer_type else None
     return [
         Rotary(module, () if types is None else (types[layer],), architecture.half_tables)
         if geometry.uses_rope(layer)
