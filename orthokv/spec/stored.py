@@ -72,9 +72,10 @@ class StoredBytes:
 def stored_bytes(geometry: Geometry, settings: FitSettings, target: Target) -> StoredBytes:
     """What a job leaves in the store.
 
-    Three things are not known before the fit. `auto` is taken to choose the widest groups in every layer, as it did wherever it
-    was measured. A budget that is no share of the cache is taken to keep half. A plan is taken to give every layer the same, and
-    keys 36 % of that, which matters for `tied` alone: there the matrices of keys are fewer than those of values.
+    Three things are not known before the fit. `auto` is taken to choose the widest groups in every layer, as it did in trained
+    models (`docs/decisions/0009-groups-of-heads.md`); with narrower ones there is less. A budget that is no share of the cache is
+    taken to keep half. A plan is taken to give every layer the same, and keys 36 % of that, which matters for `tied` alone:
+    there the matrices of keys are fewer than those of values.
 
     Raises:
         InvalidSetting: the KV heads do not divide into the groups that were asked for.

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import write_checkpoint
 from orthokv.models.geometry import geometry_of
 from orthokv.models.loading import load, read_geometry
 from orthokv.models.source import ModelSource, resolve_model
 from orthokv.pipeline import build_profile, fit_layers, make_plan, prepare_blocks
+from orthokv.plan.profile import ErrorProfile
 from orthokv.spec.budget import Budget
 from orthokv.spec.methods import METHODS
 from orthokv.spec.settings import FitSettings
@@ -65,34 +67,54 @@ def blocks_of(source: ModelSource, settings: FitSettings, folder: Path) -> Block
     return prepare_blocks(source, TextSource(str(text), format="text"), settings, None)
 
 
+def write_all(source: ModelSource, settings: FitSettings, target: Target, folder: Path) -> ErrorProfile:
+    """The folders that a job's files come from: fitted layers, their profile, a checkpoint."""
+    model, geometry = load(source, "cpu"), read_geometry(source)
+    blocks = blocks_of(source, settings, folder)
+    for name in ("layers", "profile"):
+        (folder / name).mkdir()
+    fitted = list(fit_layers(model, blocks, settings))
+    for layer in fitted:
+        layer.save(folder / "layers" / f"{layer.index}.safetensors", geometry)
+    profile = build_profile(model, source, blocks, fitted, settings)
+    profile.save(folder / "profile")
+    plan, _ = make_plan(profile, target)
+    write_checkpoint(profile, plan, folder / "checkpoint")
+    return profile
+
+
 @pytest.mark.parametrize("sharing", SHARING_CHOICES)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_and_form_takes_what_was_told(
     method: str, sharing: Any, wide: Path, tmp_path: Path
 ) -> None:
     settings, target = settings_of(method, sharing), Target(Budget("kept", 0.25))
-    # How a plan splits its bytes between keys and values means something in a trained model.
-    source = resolve_model(str(DEMO if sharing == "tied" else wide))
-    model, geometry = load(source, "cpu"), read_geometry(source)
-    blocks = blocks_of(source, settings, tmp_path)
-    for name in ("layers", "profile"):
-        (tmp_path / name).mkdir()
-    fitted = list(fit_layers(model, blocks, settings))
-    for layer in fitted:
-        path = tmp_path / "layers" / f"{layer.index}.safetensors"
-        layer.save(path, geometry)
-        assert layouts(path) == layer_tensors(geometry, method, layer.sharing, layer.index)
-    profile = build_profile(model, source, blocks, fitted, settings)
-    profile.save(tmp_path / "profile")
-    plan, _ = make_plan(profile, target)
-    write_checkpoint(profile, plan, tmp_path / "checkpoint")
+    # Where it matters what is good: how a plan splits its bytes between keys and values, and which form `auto` takes.
+    source = resolve_model(str(DEMO if sharing in ("tied", "auto") else wide))
+    profile = write_all(source, settings, target, tmp_path)
+    geometry = profile.geometry
+    for layer in profile.layers:
+        told = layer_tensors(geometry, method, layer.sharing, layer.index)
+        assert layouts(tmp_path / "layers" / f"{layer.index}.safetensors") == told
     tensors = tmp_path / "checkpoint" / "orthokv.safetensors"
-    assert layouts(tensors) == checkpoint_tensors(geometry, method, fitted[0].sharing, plan.ranks)
+    ranks = read_checkpoint(tmp_path / "checkpoint").config["plan"]["ranks"]
+    pairs = [(pair["key"], pair["value"]) for pair in ranks]
+    assert layouts(tensors) == checkpoint_tensors(geometry, method, profile.layers[0].sharing, pairs)
     assert safetensors_bytes(layouts(tensors)) == tensors.stat().st_size
 
-    told = stored_bytes(geometry, settings, target)
+    told_bytes = stored_bytes(geometry, settings, target)
     for name in ("layers", "profile", "checkpoint"):
-        assert getattr(told, name) == pytest.approx(sizes(tmp_path / name), rel=CLOSE), name
+        assert getattr(told_bytes, name) == pytest.approx(sizes(tmp_path / name), rel=CLOSE), name
+
+
+def test_auto_leaves_no_more_than_its_widest_form(wide: Path, tmp_path: Path) -> None:
+    settings, target = settings_of("weighted", "auto"), Target(Budget("kept", 0.25))
+    profile = write_all(resolve_model(str(wide)), settings, target, tmp_path)
+    told = stored_bytes(profile.geometry, settings, target)
+    for name in ("layers", "profile", "checkpoint"):
+        assert sizes(tmp_path / name) < (1 + CLOSE) * getattr(told, name), name
+    joint = stored_bytes(profile.geometry, settings_of("weighted", "joint"), target)
+    assert told.total == pytest.approx(joint.total, rel=0.01)
 
 
 def test_a_codec_and_a_budget_say_how_wide_bases_of_a_checkpoint_are() -> None:
