@@ -73,8 +73,8 @@ def stored_bytes(geometry: Geometry, settings: FitSettings, target: Target) -> S
     """What a job leaves in the store.
 
     Three things are not known before the fit. `auto` is taken to choose the widest groups in every layer, as it did in trained
-    models (`docs/decisions/0009-groups-of-heads.md`); with narrower ones there is less. A budget that is no share of the cache is
-    taken to keep half. A plan is taken to give every layer the same, and keys 36 % of that, which matters for `tied` alone:
+    models (`docs/decisions/0009-groups-of-heads.md`); with narrower ones there is less. A budget that is no share of the cache
+    is taken to keep half. A plan is taken to give every layer the same, and keys 36 % of that, which matters for `tied` alone:
     there the matrices of keys are fewer than those of values.
 
     Raises:
@@ -130,13 +130,12 @@ class _Layer:
     def tensors(self, index: int) -> dict[str, Layout]:
         """What a profile keeps: square bases, tables of errors, and singular values where the method has them."""
         (_, width_key), (_, width_value) = self.group("key"), self.group("value")
-        table = "F64", (len(candidate_ranks(width_key)), len(candidate_ranks(width_value)))
+        table: Layout = "F64", (len(candidate_ranks(width_key)), len(candidate_ranks(width_value)))
         found: dict[str, Layout] = {f"layers.{index}.{name}": table for name in ("error", "cosine")}
         found |= self.bases(index, width_key, width_value)
         if METHODS[self.method].spectra:
-            found |= {
-                f"layers.{index}.{side}.spectrum": ("F32", self.group(side)) for side in ("key", "value")
-            }
+            for side in ("key", "value"):
+                found[f"layers.{index}.{side}.spectrum"] = "F32", self.group(side)
         return found
 
     def ranks(self, share: float) -> tuple[int, int]:
