@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from orthokv.models.architectures import ARCHITECTURES, Architecture
+from orthokv.models.architectures import ARCHITECTURES
 from orthokv.models.geometry import geometry_of
+from orthokv.spec.architectures import MODEL_TYPES
 from orthokv.spec.geometry import STATIC_ROPE, rope_types
 from tests.support.tiny import EAGER_ONLY, VARIANTS, tiny_config
 
@@ -23,13 +24,13 @@ def render() -> str:
         "|---|---|---|---|---|",
     ]
     for name, architecture in sorted(ARCHITECTURES.items(), key=lambda item: item[1].models.lower()):
-        cells = [architecture.models, f"`{name}`", _key_modes(architecture), _types(name), _special(name)]
+        cells = [architecture.models, f"`{name}`", _key_modes(name), _types(name), _special(name)]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
-def _key_modes(architecture: Architecture) -> str:
-    return "`pre` and `post`" if architecture.rotary else "`pre` is `post`: nothing is rotated"
+def _key_modes(name: str) -> str:
+    return "`pre` and `post`" if MODEL_TYPES[name].rotary else "`pre` is `post`: nothing is rotated"
 
 
 def _types(name: str) -> str:

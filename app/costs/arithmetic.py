@@ -1,6 +1,6 @@
 """How much arithmetic a job is, counted from the shape of its model and from what was asked for.
 
-The counts need not be exact: `model.py` learns seconds from them. They have to grow as the work does.
+The counts need not be exact: `regression.py` learns seconds from them. They have to grow as the work does.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from typing import Any, Self
 
 from app.jobs.schemas import CompressSpec, JobCreate
 from app.jobs.vocabulary import StepName
+from orthokv.spec.geometry import Geometry
 from orthokv.spec.methods import default_steps
 from orthokv.spec.rankgrid import CANDIDATE_SHARES
-from orthokv.spec.settings import PROFILE_SAMPLES, held_out
+from orthokv.spec.settings import PROFILE_SAMPLES, FitSettings, held_out
+from orthokv.spec.sharing import group_width
 from orthokv.spec.steps import polish_steps
-from orthokv.spec.vocabulary import GROUP_HEADS
+from orthokv.spec.vocabulary import SharingChoice
 
 _RANK_PAIRS = len(CANDIDATE_SHARES) ** 2
 _PLANS_TRIED = 9  # by a budget on perplexity
@@ -36,6 +38,18 @@ class Shape:
     @property
     def kv_width(self) -> int:
         return self.kv_heads * self.head_dim
+
+    @classmethod
+    def of(cls, geometry: Geometry, parameters: int, vocabulary: int) -> Self:
+        return cls(
+            layers=geometry.layers,
+            hidden=geometry.hidden_size,
+            heads=geometry.heads,
+            kv_heads=geometry.kv_heads,
+            head_dim=geometry.head_dim,
+            parameters=parameters,
+            vocabulary=vocabulary,
+        )
 
     @classmethod
     def of_resolved(cls, resolved: dict[str, Any]) -> Self | None:
@@ -61,7 +75,7 @@ class Asked:
     samples: int
     length: int
     method: str
-    sharing: str
+    sharing: SharingChoice
     steps: int
     refine_steps: int
     polish_steps: int
@@ -75,10 +89,7 @@ class Asked:
     @classmethod
     def of(cls, spec: CompressSpec | JobCreate) -> Self:
         """Of what a job of kind `compress` is asked for."""
-        method, dataset, target = spec.method, spec.dataset, spec.target()
-        settings = method.settings(
-            num_samples=max(2, dataset.num_samples), sequence_length=dataset.sequence_length, seed=spec.seed
-        )
+        method, dataset, target, settings = spec.method, spec.dataset, spec.target(), settings_of(spec)
         predictor = method.parameterisation == "predictor"
         return cls(
             samples=dataset.num_samples,
@@ -93,16 +104,29 @@ class Asked:
         )
 
 
-def group_width(shape: Shape, sharing: str) -> int:
-    """Numbers of a key or value that one basis covers."""
-    heads = GROUP_HEADS.get(sharing, shape.kv_heads)
-    return min(heads, shape.kv_heads) * shape.head_dim
+def settings_of(spec: CompressSpec | JobCreate) -> FitSettings:
+    """What the fit would be told."""
+    dataset = spec.dataset
+    return spec.method.settings(
+        num_samples=max(2, dataset.num_samples), sequence_length=dataset.sequence_length, seed=spec.seed
+    )
+
+
+def basis_width(shape: Shape, sharing: SharingChoice) -> int:
+    """Numbers of a key or value that one basis covers; of the widest form where each layer chooses.
+
+    Raises:
+        InvalidSetting: the KV heads do not divide into such groups.
+    """
+    form = "joint" if sharing == "auto" else sharing
+    _, width = group_width(form, shape.kv_heads, shape.head_dim, keys=False)
+    return width
 
 
 def flop(shape: Shape, asked: Asked, step: StepName, *, layers: int | None = None) -> float:
     """Floating-point operations of a step; of a fit, over this many layers (default: all)."""
     count = shape.layers if layers is None else layers
-    width = group_width(shape, asked.sharing)
+    width = basis_width(shape, asked.sharing)
     held = held_out(asked.samples) * asked.length
     forward = 2.0 * shape.parameters
     # One token through one layer's attention, with its keys and values taken to a basis and back.

@@ -18,6 +18,10 @@ import httpx2
 
 from app.costs.arithmetic import Shape
 from app.jobs.vocabulary import JobErrorCode
+from orthokv.spec.config import geometry_from_config
+from orthokv.spec.errors import OrthoKVError
+from orthokv.spec.geometry import Geometry
+from orthokv.spec.names import MODEL_SETTINGS, TOKENIZER_FILES
 
 _CONFIG = "config.json"
 _SHARD = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
@@ -42,11 +46,19 @@ class Unfit(Exception):
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a model. `weight_bytes`: as stored; `download_bytes`: None where that is not known."""
+    """What is known of a model.
+
+    Attributes:
+        weight_bytes: as stored.
+        copied_bytes: of the files of the model that a full checkpoint has as well.
+        download_bytes: None where that is not known.
+    """
 
     source: Source
+    geometry: Geometry | None = None
     shape: Shape | None = None
     weight_bytes: int | None = None
+    copied_bytes: int | None = None
     download_bytes: int | None = None
 
 
@@ -65,10 +77,13 @@ def read_folder(folder: Path) -> Known:
         raise Unfit(JobErrorCode.MODEL_INVALID, f"The model has more than {_MAX_SHARDS} files of weights.")
     counted = [_count(shard) for shard in shards]
     parameters, weights = (sum(one[i] for one in counted) for i in (0, 1))
-    return Known("files", _shape(config, parameters), weights, download_bytes=0)
+    geometry = _geometry(config)
+    beside = (folder / name for name in (*MODEL_SETTINGS, *TOKENIZER_FILES))
+    copied = sum(path.stat().st_size for path in (*shards, *beside) if path.is_file())
+    return Known("files", geometry, _shape(config, geometry, parameters), weights, copied, download_bytes=0)
 
 
-async def ask_hub(hub_url: str, model_id: str, revision: str | None) -> Known:
+async def ask_hub(hub_url: str, model_id: str, revision: str | None) -> Known | Unfit:
     """The configuration of a hub's model, if the hub gives it to anybody and in time."""
     path = f"/{quote(model_id)}/resolve/{quote(revision or 'main', safe='')}/{_CONFIG}"
     url, host = hub_url.rstrip("/") + path, urlsplit(hub_url).netloc
@@ -88,13 +103,21 @@ async def ask_hub(hub_url: str, model_id: str, revision: str | None) -> Known:
                         text += chunk
                         if len(text) > _MAX_CONFIG_BYTES:
                             return NOTHING
-                    config = json.loads(text)
-                    shape = _shape(config, None) if isinstance(config, dict) else None
-                    weights = None if shape is None else shape.parameters * _HALF
-                    return Known("config", shape, weights, download_bytes=weights)
+                    return _of_config(json.loads(text))
+    except Unfit as unfit:
+        return unfit
     except (httpx2.HTTPError, ValueError, RecursionError):
         pass
     return NOTHING
+
+
+def _of_config(config: object) -> Known:
+    if not isinstance(config, dict):
+        raise Unfit(JobErrorCode.MODEL_INVALID, "The model's config.json is no object.")
+    geometry = _geometry(config)
+    shape = _shape(config, geometry, None)
+    weights = None if shape is None else shape.parameters * _HALF
+    return Known("config", geometry, shape, weights, copied_bytes=weights, download_bytes=weights)
 
 
 def _bounded_json(path: Path) -> dict[str, Any]:
@@ -137,10 +160,16 @@ def _natural(value: object) -> int:
     return value
 
 
-def _shape(config: dict[str, Any], parameters: int | None) -> Shape | None:
-    """The shape that a configuration tells, by the names that architectures have for it; None where it does not."""
-    nested = config.get("text_config")
-    config = nested if isinstance(nested, dict) else config
+def _geometry(config: dict[str, Any]) -> Geometry:
+    """What the configuration tells, as the worker would read it; `Unfit` where that would refuse."""
+    try:
+        return geometry_from_config(config)
+    except OrthoKVError as error:
+        raise Unfit(JobErrorCode(error.code), str(error)) from error
+
+
+def _shape(config: dict[str, Any], geometry: Geometry, parameters: int | None) -> Shape | None:
+    """The shape of a model, by the names that architectures have for what is not attention; None where that is missing."""
 
     def find(*names: str, default: int | None = None) -> int:
         found = next((config[name] for name in names if config.get(name) is not None), default)
@@ -149,19 +178,15 @@ def _shape(config: dict[str, Any], parameters: int | None) -> Shape | None:
         return value
 
     try:
-        layers = find("num_hidden_layers", "n_layer", "n_layers")
-        hidden = find("hidden_size", "n_embd", "d_model")
-        heads = find("num_attention_heads", "n_head", "n_heads")
-        kv_heads = find("num_key_value_heads", default=heads)
-        head_dim = find("head_dim", default=hidden // heads)
         vocabulary = find("vocab_size")
         if parameters is None:
+            hidden = geometry.hidden_size
             inner = find("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
             # Gated, as nearly all are by now; experts multiply it.
             block = 3 * hidden * inner * find("num_local_experts", "num_experts", default=1)
-            attention = 2 * hidden * head_dim * (heads + kv_heads)
+            attention = 2 * hidden * geometry.head_dim * (geometry.heads + geometry.kv_heads)
             tied = config.get("tie_word_embeddings") is True
-            parameters = layers * (block + attention) + vocabulary * hidden * (1 if tied else 2)
+            parameters = geometry.layers * (block + attention) + vocabulary * hidden * (1 if tied else 2)
     except ValueError:
         return None
-    return Shape(layers, hidden, heads, kv_heads, head_dim, parameters, vocabulary)
+    return Shape.of(geometry, parameters, vocabulary)

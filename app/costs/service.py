@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.orm import Session
 
 from app.costs import priors, repository
-from app.costs.arithmetic import Asked, Shape, flop, group_width
+from app.costs.arithmetic import Asked, Shape, flop, settings_of
 from app.costs.probe import Known, Unfit
 from app.costs.regression import MIN_RUNS, Band, predict
 from app.costs.schemas import Estimate, Minutes, Validation, ValidationProblem
@@ -19,10 +20,12 @@ from app.jobs.vocabulary import JobErrorCode, StepName
 from app.principal import Principal
 from app.quotas.service import largest_model
 from app.settings import Settings
+from orthokv.spec.check import check
+from orthokv.spec.errors import OrthoKVError
+from orthokv.spec.geometry import Geometry
+from orthokv.spec.stored import stored_bytes
 
 _FLOAT = 4
-_INDEX = 8  # bytes of a stored token
-_KINDS = 2  # keys and values
 
 
 def validate(
@@ -37,6 +40,12 @@ def validate(
     if limit is not None and known.weight_bytes is not None and known.weight_bytes > limit:
         detail = f"The model has {known.weight_bytes} bytes of weights; the project may use {limit}."
         problems.append(ValidationProblem(code=JobErrorCode.MODEL_TOO_LARGE, detail=detail))
+    if known.geometry is not None:
+        try:
+            check(known.geometry, settings_of(body), body.target())
+        except OrthoKVError as error:
+            problems.append(ValidationProblem(code=error.code, detail=str(error)))
+            known = replace(known, geometry=None)
     estimate = estimate_of(session, body=body, known=known)
     return Validation(valid=not problems, problems=problems, estimate=estimate)
 
@@ -50,9 +59,10 @@ def estimate_of(session: Session, *, body: JobCreate, known: Known) -> Estimate:
         "tokens": asked.tokens,
         "download_bytes": known.download_bytes,
     }
-    if shape is None or known.weight_bytes is None:
+    if known.geometry is None or shape is None or known.weight_bytes is None:
         names = ("layers", "parameters", "gpu_memory_bytes", "host_memory_bytes", "artifact_bytes", "minutes")
-        return Estimate(**common, **dict.fromkeys(names), basis="unknown: the model's shape is not known")
+        why = "the model's shape is not known" if shape is None else "the job cannot be done"
+        return Estimate(**common, **dict.fromkeys(names), basis=f"unknown: {why}")
     stored = known.weight_bytes / shape.parameters
     band, basis = _seconds(session, shape, asked, gpu_class=body.gpu_class)
     return Estimate(
@@ -63,7 +73,7 @@ def estimate_of(session: Session, *, body: JobCreate, known: Known) -> Estimate:
         host_memory_bytes=round(
             priors.PROCESS_BYTES + _FLOAT * shape.parameters + _activations(shape, asked, _FLOAT)
         ),
-        artifact_bytes=_artifacts(shape, asked, body) + (known.weight_bytes if body.form == "full" else 0),
+        artifact_bytes=_artifacts(known.geometry, known, body),
         minutes=Minutes(low=_minutes(band.low), likely=_minutes(band.likely), high=_minutes(band.high)),
         basis=basis,
     )
@@ -103,16 +113,10 @@ def _activations(shape: Shape, asked: Asked, number: float) -> float:
     return max(fitting, sensitivities) * number + logits * _FLOAT
 
 
-def _artifacts(shape: Shape, asked: Asked, body: JobCreate) -> int:
-    """Square bases of every group, as fitted and again in the profile, and what a checkpoint keeps of them.
-
-    An oblique basis is two matrices: into the cache and out of it.
-    """
-    width = group_width(shape, asked.sharing)
-    matrices = 2 if asked.method == "oblique" else 1
-    bases = shape.layers * _KINDS * shape.kv_width * width * matrices * _FLOAT
-    kept = body.budget.value if body.budget.metric == "kept" else 1.0
-    return round(bases * (2 + kept)) + asked.tokens * _INDEX
+def _artifacts(geometry: Geometry, known: Known, body: JobCreate) -> int | None:
+    """Files of all steps, and of a full checkpoint the model's own as well."""
+    copied = known.copied_bytes if body.form == "full" else 0
+    return None if copied is None else stored_bytes(geometry, settings_of(body), body.target()).total + copied
 
 
 def _minutes(seconds: float) -> float:

@@ -22,15 +22,22 @@ from orthokv.checkpoint.card import model_card, without_paths
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.files.digests import SUMS, read_sums, verify_files
 from orthokv.files.reading import read_json
-from orthokv.models.source import INDEX, SETTINGS, TOKENIZER_FILES, first_line
-from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS
+from orthokv.models.source import INDEX, first_line
 from orthokv.spec.errors import InvalidCheckpoint, InvalidSetting, PushFailed
 from orthokv.spec.hub_ids import is_repository
-from orthokv.spec.names import CARD, CONFIG, TENSORS
+from orthokv.spec.names import (
+    CARD,
+    CONFIG,
+    MODEL_SETTINGS,
+    PROFILE_JSON,
+    PROFILE_TENSORS,
+    TENSORS,
+    TOKENIZER_FILES,
+)
 
 TEMPLATE = "chat_template.jinja"
 _OWN = frozenset({CONFIG, TENSORS, PROFILE_JSON, PROFILE_TENSORS, CARD})
-_BASE = frozenset({*SETTINGS, *TOKENIZER_FILES, INDEX, TEMPLATE})
+_BASE = frozenset({*MODEL_SETTINGS, *TOKENIZER_FILES, INDEX, TEMPLATE})
 _WEIGHTS = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 _BRANCH = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 # What a loader might read of a repository. Others, such as a LICENSE or pictures, may stay there.

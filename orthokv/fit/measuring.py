@@ -9,11 +9,12 @@ from orthokv.fit.methods.base import FittedBases
 from orthokv.fit.task import LayerTask
 from orthokv.plan.profile import LayerProfile, Spread
 from orthokv.spec.rankgrid import candidate_ranks
+from orthokv.spec.settings import SPREAD_BLOCKS
 from orthokv.spec.vocabulary import Sharing
 from orthokv.text.blocks import evenly
 
-# The error of this many sequences is measured one by one, with this share of the widths.
-SPREAD_BLOCKS, SPREAD_SHARE = 8, 0.25
+# The error of some sequences is measured one by one, with this share of the widths.
+SPREAD_SHARE = 0.25
 
 
 @torch.no_grad()

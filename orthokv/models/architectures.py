@@ -2,7 +2,7 @@
 
 A wrong guess about where rotary embedding, scaling or the output projection sits changes logits silently, so nothing is
 guessed: a model type has an entry in :data:`ARCHITECTURES`, proven by every test of ``tests/library/test_invariants.py``, or is
-refused with the reason.
+refused with the reason. What its configuration means stands in `orthokv.spec.architectures`, under the same name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,7 @@ from transformers import PreTrainedConfig
 
 from orthokv.models.mpt import mpt_attention
 from orthokv.models.rotary import PLAIN, Rotation
-from orthokv.spec.errors import UnsupportedModel
-
-
-def _every_layer(config: Any, layer: int) -> bool:
-    return True
+from orthokv.spec.architectures import unsupported
 
 
 @dataclass(frozen=True)
@@ -34,14 +30,9 @@ class Architecture:
         attention: path of the attention module in a layer.
         output: path of the output projection in the attention module.
         projections: paths of the linear maps that make keys and values.
-        rotary: path of the module that makes the rotary tables; None where keys carry no rotary embedding, so that keys
-            before and after RoPE are the same.
-        rotates: whether a layer uses the tables; some models have layers without any position.
-        tables_by_layer_type: the rotary module makes other tables for each of ``config.layer_types``.
+        rotary: path of the module that makes the rotary tables, where keys carry rotary embedding.
         rotation: how its rotary embedding is written.
-        grouped_heads: several query heads may share a KV head; elsewhere the configuration's word on it means nothing.
         cache_argument: what the attention module calls its cache.
-        max_positions: what the configuration calls the longest context.
         forward: replaces the forward of an attention module that does not call the attention interface.
     """
 
@@ -51,13 +42,9 @@ class Architecture:
     attention: str = "self_attn"
     output: str = "o_proj"
     projections: tuple[str, ...] = ("k_proj", "v_proj")
-    rotary: str | None = "model.rotary_emb"
-    rotates: Callable[[Any, int], bool] = _every_layer
-    tables_by_layer_type: bool = False
+    rotary: str = "model.rotary_emb"
     rotation: Rotation = PLAIN
-    grouped_heads: bool = True
     cache_argument: str = "past_key_values"
-    max_positions: str = "max_position_embeddings"
     forward: Callable[..., Any] | None = None
 
 
@@ -72,7 +59,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture(
         "Gemma 3 (text)",
         "two rotary tables (local, global), sliding windows, q and k norms",
-        tables_by_layer_type=True,
     ),
     "phi": Architecture("Phi-1, Phi-2", "partial rotary embedding, biases", output="dense"),
     "phi3": Architecture(
@@ -86,7 +72,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         output="dense",
         projections=("query_key_value",),
         rotary="gpt_neox.rotary_emb",
-        grouped_heads=False,
         cache_argument="layer_past",
     ),
     "opt": Architecture(
@@ -94,8 +79,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         "learned positions, no grouped heads",
         layers="model.decoder.layers",
         output="out_proj",
-        rotary=None,
-        grouped_heads=False,
     ),
     "mpt": Architecture(
         "MPT",
@@ -104,9 +87,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         attention="attn",
         output="out_proj",
         projections=("Wqkv",),
-        rotary=None,
-        grouped_heads=False,
-        max_positions="max_seq_len",
         forward=mpt_attention,
     ),
     "olmo2": Architecture("OLMo-2", "q and k norms over all heads together"),
@@ -124,7 +104,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": Architecture(
         "SmolLM3",
         "layers without rotary embedding",
-        rotates=lambda config, layer: bool(config.no_rope_layers[layer]),
     ),
     "stablelm": Architecture("StableLM", "partial rotary embedding, q and k norms for each head"),
     "starcoder2": Architecture("StarCoder2", "sliding window, biases"),
@@ -136,40 +115,19 @@ ARCHITECTURES["cohere2"] = replace(
     ARCHITECTURES["cohere"],
     models="Cohere Command-R7B, Command-A",
     special="interleaved rotary embedding in sliding-window layers, none in the others",
-    rotates=lambda config, layer: config.layer_types[layer] == "sliding_attention",
 )
-
-# Kinds of cache layers that hold a state instead of keys and values.
-_RECURRENT_LAYERS = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
-_RECURRENT_MODELS = {"mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm"}
-_RECURRENT_MODELS |= {"jamba", "bamba", "zamba", "zamba2", "nemotron_h", "falcon_h1", "granitemoehybrid"}
-# Their attention modules call neither the attention interface nor a forward of ours.
-_OWN_ATTENTION = {"bloom", "falcon"}
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
     """The entry of :data:`ARCHITECTURES` for a configuration.
 
     Raises:
-        UnsupportedModel: there is none; the sentence names the model type and, where it is known, the reason.
+        UnsupportedModel: see `orthokv.spec.architectures.model_type_of`.
     """
     architecture = ARCHITECTURES.get(str(config.model_type))
     if architecture is None:
-        raise UnsupportedModel(f"architecture {str(config.model_type)!r} is not supported: {_reason(config)}")
+        raise unsupported(config.to_dict())
     return architecture
-
-
-def _reason(config: Any) -> str:
-    if getattr(config, "kv_lora_rank", None):
-        return "its cache holds latents already (MLA)"
-    recurrent = _RECURRENT_LAYERS & set(getattr(config, "layer_types", None) or ())
-    if recurrent or config.model_type in _RECURRENT_MODELS:
-        return "its linear-attention layers keep a state, not keys and values"
-    if config.get_text_config(decoder=True) is not config:
-        return "it holds more than a language model; give the text model alone"
-    if config.model_type in _OWN_ATTENTION:
-        return "its attention module computes attention itself, where nothing can be put in between"
-    return f"supported are {', '.join(sorted(ARCHITECTURES))}"
 
 
 def use_own_forward(architecture: Architecture, module: nn.Module) -> None:

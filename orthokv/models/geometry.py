@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
@@ -11,6 +10,8 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from orthokv.models.architectures import architecture_of
 from orthokv.models.rotary import Rotary
+from orthokv.spec.architectures import FULL, MODEL_TYPES, model_type_of
+from orthokv.spec.config import build_geometry
 from orthokv.spec.errors import UnsupportedModel
 from orthokv.spec.geometry import Geometry
 
@@ -18,36 +19,32 @@ from orthokv.spec.geometry import Geometry
 def geometry_of(config: PreTrainedConfig) -> Geometry:
     """Read the geometry of a model configuration.
 
+    `orthokv.spec.config.geometry_from_config` reads the same off the file.
+
     Raises:
-        UnsupportedModel: see :func:`~orthokv.models.architectures.architecture_of`; or a feature that no release has.
+        UnsupportedModel: see `orthokv.spec.architectures.model_type_of`; or the KV heads do not divide the query heads.
+        InvalidModel: a size is not a number that it can be.
     """
-    architecture = architecture_of(config)
-    layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
-    grouped = getattr(config, "num_key_value_heads", None) if architecture.grouped_heads else None
-    kv_heads = int(grouped or heads)
-    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    if heads % kv_heads:
-        raise UnsupportedModel(f"{heads} query heads do not divide into {kv_heads} KV heads")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise UnsupportedModel(f"this {config.model_type} sees later tokens: it has no use for a cache")
+    kind = model_type_of(config.to_dict())
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    grouped = getattr(config, "num_key_value_heads", None) if kind.grouped_heads else None
+    head_dim = getattr(config, "head_dim", None)
     rope: dict[str, Any] | None = None
-    if architecture.rotary is not None:
-        rope = json.loads(json.dumps(getattr(config, "rope_parameters", None) or {}, sort_keys=True))
-    rotated = tuple(rope is not None and architecture.rotates(config, i) for i in range(layers))
-    # As the stock cache has them: it is what will hold the tokens.
-    windows = tuple(getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers)
-    return Geometry(
-        model_type=str(config.model_type),
+    if kind.rotary:
+        rope = json.loads(json.dumps(getattr(config, "rope_parameters", None) or {}))
+    listed = getattr(config, "layer_types", None) or [FULL] * layers
+    return build_geometry(
+        str(config.model_type),
         layers=layers,
-        hidden_size=int(config.hidden_size),
         heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        max_positions=int(getattr(config, architecture.max_positions)),
+        hidden_size=config.hidden_size,
+        kv_heads=heads if grouped is None else grouped,
+        head_dim=config.hidden_size // heads if head_dim is None else head_dim,
+        max_positions=getattr(config, kind.name("max_position_embeddings")),
         rope=rope,
-        rope_hash=hashlib.sha256(json.dumps(rope, sort_keys=True).encode()).hexdigest(),
-        windows=windows if any(windows) else None,
-        rotated=rotated if len(set(rotated)) > 1 else None,
+        # As the stock cache has them: it is what will hold the tokens.
+        windows=[getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers],
+        rotated=kind.rotated(listed, getattr(config, "no_rope_layers", None)),
     )
 
 
@@ -71,11 +68,11 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 def layer_rotaries(model: PreTrainedModel, geometry: Geometry) -> list[Rotary | None]:
     """One for each layer; None where a layer uses no rotary embedding."""
-    architecture = architecture_of(model.config)
-    if architecture.rotary is None:
+    if geometry.rope is None:
         return [None] * geometry.layers
+    architecture = architecture_of(model.config)
     module = model.get_submodule(architecture.rotary)
-    types = model.config.layer_types if architecture.tables_by_layer_type else None
+    types = model.config.layer_types if MODEL_TYPES[geometry.model_type].tables_by_layer_type else None
     return [
         Rotary(architecture.rotation, module, () if types is None else (types[layer],))
         if geometry.uses_rope(layer)

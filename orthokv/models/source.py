@@ -46,13 +46,11 @@ from orthokv.spec.errors import (
     UnsupportedModel,
 )
 from orthokv.spec.hub_ids import is_hub_id
+from orthokv.spec.names import MODEL_SETTINGS, TOKENIZER_FILES, VOCABULARIES
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SETTINGS = (CONFIG, "generation_config.json", "tokenizer_config.json")
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
-TOKENIZER_FILES = (*VOCABULARIES, "merges.txt", "special_tokens_map.json", "added_tokens.json")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # With these a settings file can make transformers run, fetch or swap code, or read other weights, even where
@@ -122,7 +120,7 @@ def resolve_model(
     with _hub_errors(model, revision):
         commit = HfApi().resolve_revision(model, revision=revision, cache_dir=cache_dir).resolved
         # Settings first: a model that will be refused costs kilobytes, not its weights.
-        small = [*SETTINGS, *TOKENIZER_FILES, INDEX]
+        small = [*MODEL_SETTINGS, *TOKENIZER_FILES, INDEX]
         folder = Path(snapshot_download(model, revision=commit, cache_dir=cache_dir, allow_patterns=small))
         tree = get_cached_repo_tree(model, revision=commit, cache_dir=cache_dir)
     files = _select(model, folder, frozenset(file.path for file in tree if "/" not in file.path))
@@ -192,14 +190,14 @@ def _select(model: str, folder: Path, names: frozenset[str]) -> tuple[str, ...]:
         raise UnsupportedModel(f"{model} holds an adapter (adapter_config.json): merge it into its model")
     if CONFIG not in names:
         raise InvalidModel(f"model {model} has no {CONFIG}")
-    for name in sorted(names & set(SETTINGS)):
+    for name in sorted(names & set(MODEL_SETTINGS)):
         _refuse_code(model, name, _read_json(model, folder, name))
     quantised = _read_json(model, folder, CONFIG).get("quantization_config")
     method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
     if method not in (None, "orthokv"):
         raise UnsupportedModel(f"model {model} is quantised with {method!r}: give the unquantised model")
     weights = _weight_files(model, folder, names)
-    return tuple(sorted({*weights, *names & {*SETTINGS, *TOKENIZER_FILES}}))
+    return tuple(sorted({*weights, *names & {*MODEL_SETTINGS, *TOKENIZER_FILES}}))
 
 
 def _weight_files(model: str, folder: Path, names: frozenset[str]) -> set[str]:

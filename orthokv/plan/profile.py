@@ -17,12 +17,12 @@ from orthokv.files.digests import SUMS, file_digest, verify_files
 from orthokv.files.reading import read_json, read_safetensors
 from orthokv.spec.errors import InvalidCheckpoint
 from orthokv.spec.geometry import Geometry
+from orthokv.spec.names import PROFILE_JSON, PROFILE_TENSORS
 from orthokv.spec.records import BaseModel, Dataset, Method, upgrade_profile
 from orthokv.spec.version import producer
 from orthokv.spec.vocabulary import KEY_MODES, SHARING_CHOICES, SHARINGS, KeyMode, Sharing, SharingChoice
 
 PROFILE_VERSION = 1
-PROFILE_JSON, PROFILE_TENSORS = "profile.json", "profile.safetensors"
 
 # Above this ratio of the error on held-out text to that on fitted text there was too little of the latter.
 LARGEST_GAP = 1.15

@@ -19,11 +19,13 @@ class MethodSettings:
     Attributes:
         name: what a user calls it.
         matrices: that a basis has: 1 where encoder and decoder are one orthonormal matrix, 2 where they differ.
+        spectra: singular values are kept beside the bases.
         refine_steps: steps of the last stage (`orthokv.fit.refine`) where nothing else is asked for.
     """
 
     name: ClassVar[str]
     matrices: ClassVar[int] = 1
+    spectra: ClassVar[bool] = False
     refine_steps: ClassVar[int] = 0
 
 
@@ -34,6 +36,7 @@ class EigenSettings(MethodSettings):
     """
 
     name: ClassVar[str] = "eigen"
+    spectra: ClassVar[bool] = True
     statistics: Statistics = "k"
 
     def __post_init__(self) -> None:
@@ -123,6 +126,7 @@ class PaluSettings(MethodSettings):
     """`whitened`: False takes the SVD of the weights alone, which needs no text."""
 
     name: ClassVar[str] = "palu"
+    spectra: ClassVar[bool] = True
     whitened: bool = True
 
 

@@ -17,6 +17,8 @@ HOLDOUT_SHARE = 8
 DEFAULT_LENGTH = 1024
 # Blocks that the error surface is measured on.
 PROFILE_SAMPLES = 2
+# Sequences whose errors are measured one by one, of those that are fitted on and of those held out.
+SPREAD_BLOCKS = 8
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from orthokv.models.fingerprint import matches, weight_fingerprints
 from orthokv.models.geometry import attention_modules, geometry_of
 from orthokv.runtime.cache import cache_bytes
 from orthokv.runtime.seam import Seam
+from orthokv.spec.architectures import MODEL_TYPES
 from orthokv.spec.errors import UnsupportedModel
 from orthokv.spec.footprint import Footprint, held_tokens
 from orthokv.spec.geometry import Geometry, check_key_mode
@@ -135,7 +136,7 @@ def test_a_fingerprint_tells_other_keys_or_values_apart(name: str) -> None:
 def test_observed_keys_are_turned_in_key_mode_post_only(name: str, key_mode: Any) -> None:
     """Equal tokens have equal first-layer keys before RoPE, and other keys at each position after it."""
     keys = observed_keys(tiny_model(name), key_mode, layer=0)
-    turned = key_mode == "post" and ARCHITECTURES[name].rotary is not None
+    turned = key_mode == "post" and MODEL_TYPES[name].rotary
     same = torch.allclose(keys[:, :, 3], keys[:, :, 9], atol=1e-5)
     assert same is not (turned or name == "opt")  # opt adds positions to the hidden states
 

@@ -12,12 +12,12 @@ from orthokv.plan.profile import ErrorProfile, LayerProfile
 from orthokv.plan.surface import interpolate
 from orthokv.show.plots.style import INK, MUTED, frame, layer_axis, origin, plain, round_levels, save
 from orthokv.spec.errors import InvalidSetting
+from orthokv.spec.stored import PICTURE_PANELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_PANELS = 12
 # From light (small error) to dark: one direction of lightness, readable in grey.
 _SURFACE = ("#fdf8e4", "#d3e6c5", "#8fc9b9", "#4a9fb0", "#2f6f9f", "#2b4482", "#241f4d")
 # Labels of contours stand where they cross one of these ways (value share, key share, from and to), clear of the lines
@@ -51,9 +51,9 @@ def plot_profile(profile: ErrorProfile, path: str | Path) -> Path:
     count = len(profile.layers)
     chosen = [
         profile.layers[i]
-        for i in sorted({round(i * (count - 1) / (MAX_PANELS - 1)) for i in range(MAX_PANELS)})
+        for i in sorted({round(i * (count - 1) / (PICTURE_PANELS - 1)) for i in range(PICTURE_PANELS)})
     ]
-    if count <= MAX_PANELS:
+    if count <= PICTURE_PANELS:
         chosen = list(profile.layers)
     surfaces = [_surface(layer) for layer in chosen]
     depth = count > 1 and all(layer.sensitivity is not None for layer in profile.layers)

@@ -19,7 +19,7 @@ from app.artifacts.models import Artifact
 from app.costs import priors
 from app.costs.arithmetic import Asked, Shape, flop
 from app.costs.models import RunCost
-from app.costs.probe import NOTHING, Unfit, ask_hub, read_folder
+from app.costs.probe import NOTHING, Known, Unfit, ask_hub, read_folder
 from app.costs.regression import MIN_RUNS, Run, fit_line, predict
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
@@ -32,6 +32,12 @@ from app.principal import local_principal
 from app.projects.schemas import Limits
 from app.projects.service import set_limits
 from app.settings import Settings
+from orthokv.models.loading import read_geometry
+from orthokv.models.source import resolve_model
+from orthokv.spec.budget import Budget
+from orthokv.spec.settings import FitSettings
+from orthokv.spec.stored import stored_bytes
+from orthokv.spec.target import Target
 from tests.support.factories import job_body, must_claim, queue_job
 from tests.support.hub import Hub, Repo, serve_hub
 from tests.support.paths import DEMO, REPOSITORY
@@ -211,6 +217,7 @@ class TestReading:
         assert known.source == "files"
         assert known.shape == Shape(6, 192, 4, 2, 64, 3_443_136, 4096)
         assert known.weight_bytes == 2 * 3_443_136
+        assert known.geometry == read_geometry(resolve_model(str(DEMO)))
         assert known.download_bytes == 0
 
     def test_a_folder_that_only_workers_have_is_unknown(self, tmp_path: Path) -> None:
@@ -246,13 +253,32 @@ class TestReading:
         assert refused.value.code == "model_unsafe_format"
 
     def test_a_configuration_without_a_shape_gives_sizes_alone(self, tmp_path: Path) -> None:
-        config = json.dumps({"model_type": "mamba", "hidden_size": 0}).encode()
+        config = json.dumps({"model_type": "llama"}).encode()
         known = read_folder(self.folder(tmp_path, **{"config.json": config}))
         assert (known.shape, known.weight_bytes) == (None, 24)
+
+    @pytest.mark.parametrize(
+        ("config", "code", "sentence"),
+        [
+            ({"model_type": "mamba"}, "model_unsupported", "'mamba' is not supported: its linear-attention"),
+            ({"model_type": "llama", "hidden_size": 0}, "model_invalid", "hidden_size must be .*, not 0"),
+        ],
+    )
+    def test_a_model_that_the_library_refuses_is_refused_in_its_words(
+        self, tmp_path: Path, hub: Hub, config: dict[str, Any], code: str, sentence: str
+    ) -> None:
+        content = json.dumps(config).encode()
+        with pytest.raises(Unfit, match=sentence) as refused:
+            read_folder(self.folder(tmp_path, **{"config.json": content}))
+        hub.repos["org/model"] = Repo({"config.json": content})
+        of_hub = asyncio.run(ask_hub(hub.url, "org/model", None))
+        assert isinstance(of_hub, Unfit)
+        assert (refused.value.code, str(refused.value)) == (code, str(of_hub))
 
     def test_a_model_of_the_hub_is_known_by_its_configuration(self, hub: Hub) -> None:
         hub.repos["org/model"] = Repo({"config.json": (DEMO / "config.json").read_bytes()})
         known = asyncio.run(ask_hub(hub.url, "org/model", None))
+        assert isinstance(known, Known)
         assert known.source == "config"
         assert known.shape is not None
         assert known.shape.parameters == pytest.approx(3_443_136, rel=0.01)  # norms are not counted
@@ -293,6 +319,34 @@ class TestValidate:
         assert (estimate["tokens"], estimate["layers"], estimate["known_from"]) == (256, 6, "files")
         assert estimate["basis"] == f"priors: {priors.MEASURED_ON}"
         assert 0 < estimate["minutes"]["low"] < estimate["minutes"]["likely"] < estimate["minutes"]["high"]
+
+    def test_files_are_told_to_be_as_large_as_the_job_leaves_them(self, client: TestClient) -> None:
+        geometry = read_geometry(resolve_model(str(DEMO)))
+        settings = FitSettings("weighted", num_samples=4, sequence_length=64)
+        left = stored_bytes(geometry, settings, Target(Budget("kept", 0.25))).total
+        copied = sum(path.stat().st_size for path in DEMO.iterdir())
+        for form, bytes_ in (("adapter", left), ("full", left + copied)):
+            method = {"type": "weighted"}
+            dataset = {"source": "self", "num_samples": 4, "sequence_length": 64}
+            body = job_body(model=LOCAL, method=method, dataset=dataset, form=form)
+            estimate = client.post("/v1/jobs:validate", json=body).json()["estimate"]
+            assert estimate["artifact_bytes"] == bytes_, form
+
+    @pytest.mark.parametrize(
+        ("changes", "code", "sentence"),
+        [
+            ({"method": {"sharing": "quad"}}, "invalid_setting", "groups of 4 KV heads"),
+            ({"budget": {"metric": "kept", "value": 0.01}}, "budget_unreachable", "kept 0.01 cannot be met"),
+        ],
+    )
+    def test_what_no_fit_of_this_model_could_serve_is_refused(
+        self, client: TestClient, changes: dict[str, Any], code: str, sentence: str
+    ) -> None:
+        found = client.post("/v1/jobs:validate", json=job_body(model=LOCAL, **changes)).json()
+        (problem,) = found["problems"]
+        assert problem["code"] == code
+        assert sentence in problem["detail"]
+        assert found["estimate"]["basis"] == "unknown: the job cannot be done"
 
     def test_every_refusal_is_named_at_once(self, client: TestClient, database: SyncDatabase) -> None:
         database.write(
@@ -418,4 +472,4 @@ def test_past_runs_foretell_a_size_that_was_never_run(
     assert low <= likely <= high
     size = select(func.sum(Artifact.bytes)).where(Artifact.job_id == jobs[0])
     stored = database.read(lambda session: session.execute(size).scalar_one())
-    assert 0.5 < estimate["artifact_bytes"] / stored < 2
+    assert estimate["artifact_bytes"] == pytest.approx(stored, rel=0.02)
