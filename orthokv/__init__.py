@@ -22,7 +22,7 @@ __version__ = VERSION
 
 if TYPE_CHECKING:
     from orthokv.checkpoint.read import Checkpoint, read_checkpoint
-    from orthokv.plan.profile import ErrorProfile
+    from orthokv.planning.profile import ErrorProfile
     from orthokv.runtime.cache import cache_bytes
     from orthokv.serving.attach import attach, detach
     from orthokv.serving.quantizer import OrthoKVConfig, OrthoKVQuantizer
@@ -47,7 +47,7 @@ __all__ = [
 _HOMES = {
     "Budget": "orthokv.spec.budget",
     "Checkpoint": "orthokv.checkpoint.write",
-    "ErrorProfile": "orthokv.plan.profile",
+    "ErrorProfile": "orthokv.planning.profile",
     "OrthoKVConfig": "orthokv.serving.quantizer",
     "OrthoKVError": "orthokv.spec.errors",
     "OrthoKVQuantizer": "orthokv.serving.quantizer",

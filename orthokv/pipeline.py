@@ -34,11 +34,11 @@ from orthokv.models.geometry import geometry_of
 from orthokv.models.loading import load, read_geometry
 from orthokv.models.source import ModelSource, load_tokenizer
 from orthokv.models.streaming import Streaming, streamed_weights
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import on_model, planned_bases
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile, LayerProfile
-from orthokv.plan.search import allocate_for_perplexity
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import on_model, planned_bases
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile, LayerProfile
+from orthokv.planning.search import allocate_for_perplexity
 from orthokv.runtime.seam import Seam
 from orthokv.spec.check import calibrated_positions, check
 from orthokv.spec.codec import codec_spec
@@ -279,7 +279,7 @@ def make_plan(
         model: where codec `native` is asked for, also says how many bytes its numbers have; without it they count as 4.
 
     Raises:
-        BudgetUnreachable: see `orthokv.plan.allocate.allocate`.
+        BudgetUnreachable: see `orthokv.planning.allocate.allocate`.
         InvalidSetting: a perplexity budget without a model and held-out blocks.
     """
     budget, grid = target.budget, target.grid

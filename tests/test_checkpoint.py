@@ -34,9 +34,9 @@ from orthokv.checkpoint.read import Checkpoint, read_checkpoint
 from orthokv.checkpoint.write import record_measurements, write_checkpoint
 from orthokv.files.digests import SUMS, verify_files
 from orthokv.models.source import ModelSource, resolve_model
-from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Plan, layer_plans
-from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.plan import Plan, layer_plans
+from orthokv.planning.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
 from orthokv.runtime.seam import seam_of
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import (

@@ -30,9 +30,9 @@ from orthokv.measure.quality import cache_size, quality
 from orthokv.models.geometry import geometry_of
 from orthokv.models.source import ModelSource, load_model, resolve_model
 from orthokv.pipeline import build_profile, compress, fit_layers, make_plan, prepare_blocks
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import planned_bases
-from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import planned_bases
+from orthokv.planning.profile import ErrorProfile, LayerProfile
 from orthokv.runtime.seam import Seam, compressed, seam_of
 from orthokv.serving.generation import generate
 from orthokv.spec.budget import Budget

@@ -31,9 +31,9 @@ from orthokv.models.loading import load
 from orthokv.models.source import load_model, load_tokenizer, resolve_model
 from orthokv.models.streaming import StreamedWeights, stream_model
 from orthokv.pipeline import build_profile, compress, fit_layers, prepare_blocks
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import planned_bases
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import planned_bases
+from orthokv.planning.profile import ErrorProfile
 from orthokv.runtime.seam import Seam, compressed
 from orthokv.spec.budget import Budget
 from orthokv.spec.codec import codec_spec

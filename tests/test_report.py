@@ -27,9 +27,9 @@ from orthokv.bases.basis import orthonormal
 from orthokv.checkpoint.card import model_card
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import record_measurements, write_checkpoint
-from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile, LayerProfile
 from orthokv.show.plots import plot_comparison, plot_plan, plot_profile, style
 from orthokv.show.results import ComparisonRow
 from orthokv.show.tables import comparison_markdown, comparison_table, plan_table, profile_table

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from orthokv.models.architectures import ARCHITECTURES as REGISTRY
 from orthokv.models.source import load_model, resolve_model
 from orthokv.pipeline import build_profile, fit_layers
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.profile import ErrorProfile
 from orthokv.spec.settings import FitSettings
 from orthokv.spec.vocabulary import Sharing
 from orthokv.text.blocks import Blocks

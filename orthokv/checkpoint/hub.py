@@ -23,7 +23,7 @@ from orthokv.checkpoint.read import read_checkpoint
 from orthokv.files.digests import SUMS, read_sums, verify_files
 from orthokv.files.reading import read_json
 from orthokv.models.source import INDEX, SETTINGS, TOKENIZER_FILES, first_line
-from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS
+from orthokv.planning.profile import PROFILE_JSON, PROFILE_TENSORS
 from orthokv.spec.errors import InvalidCheckpoint, InvalidSetting, PushFailed
 from orthokv.spec.hub_ids import is_repository
 from orthokv.spec.names import CARD, CONFIG, TENSORS

@@ -271,7 +271,7 @@ def plan(
         codec=codec,  # type: ignore[arg-type]
     )
     from orthokv.pipeline import make_plan
-    from orthokv.plan.profile import ErrorProfile
+    from orthokv.planning.profile import ErrorProfile
     from orthokv.show.tables import plan_table
 
     refuse_taken(out)

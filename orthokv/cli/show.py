@@ -83,7 +83,7 @@ def inspect(
     """Verify every file of a checkpoint or profile and show what is in it."""
     from orthokv.checkpoint.read import read_checkpoint
     from orthokv.files.digests import verify_files
-    from orthokv.plan.profile import ErrorProfile
+    from orthokv.planning.profile import ErrorProfile
     from orthokv.show.tables import profile_table
     from orthokv.spec.names import CONFIG
 

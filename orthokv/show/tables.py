@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile, LayerProfile
-from orthokv.plan.surface import interpolate
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile, LayerProfile
+from orthokv.planning.surface import interpolate
 from orthokv.show.results import ComparisonRow, Summary, summarise
 from orthokv.show.wording import KEY_MODES_IN_WORDS, markdown, number, percent
 

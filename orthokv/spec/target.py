@@ -19,7 +19,7 @@ class Target:
     Attributes:
         budget: the one number to stay below.
         grid: ranks that may be used.
-        allocation: the rule that chooses among them (`orthokv.plan.allocate`).
+        allocation: the rule that chooses among them (`orthokv.planning.allocate`).
         form: `adapter`: the bases alone; `full`: with the base model's own files.
         codec: how latents are stored.
         polish_steps: steps of a refinement at the chosen ranks; 0 leaves it out, None takes half of the profile's own.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from orthokv.plan.profile import ErrorProfile
-from orthokv.plan.surface import squared_errors
+from orthokv.planning.profile import ErrorProfile
+from orthokv.planning.surface import squared_errors
 from orthokv.spec.budget import Budget
 from orthokv.spec.codec import SIXTEEN_BIT, CodecSpec
 from orthokv.spec.footprint import Footprint, LayerPlan, SidePlan, dense_bytes
