@@ -338,7 +338,15 @@ def polish_plan(
 
 @dataclass(frozen=True)
 class Compressed:
-    """What :func:`compress` made."""
+    """What a compression made.
+
+    Attributes:
+        checkpoint: as it was read back from its folder.
+        profile: errors of every layer at every candidate rank, which serves other budgets as well.
+        plan: the ranks that were chosen.
+        measured: quality and bytes on the held-out blocks (`orthokv.measure.checkpoint.evaluate_checkpoint`).
+        reached: of a `perplexity_increase` budget: the increase on the held-out blocks, and its bound for other text.
+    """
 
     checkpoint: Checkpoint
     profile: ErrorProfile
@@ -354,14 +362,18 @@ def compress(
     out: Path,
     settings: FitSettings | None = None,
     *,
+    model: PreTrainedModel | None = None,
     device: str = "auto",
     streaming: Streaming = "auto",
     report: Reporter = silent,
 ) -> Compressed:
-    """Fit, plan, polish, write a checkpoint to ``out`` and measure it on the held-out blocks.
+    """Fit, plan, polish, write a checkpoint to `out` and measure it on the held-out blocks.
 
-    A model larger than the memory is streamed from disk (see :func:`load`); long blocks of large models can be kept there
-    too, with :func:`orthokv.models.states.spilled_to` around the call.
+    A model larger than the memory is streamed from disk (see `orthokv.models.loading.load`); long blocks of large models can be
+    kept there too, with `orthokv.models.states.spilled_to` around the call.
+
+    Args:
+        model: of `source`, where it is loaded already; it is used where it lies.
 
     Raises:
         OrthoKVError: any of its kinds; nothing is left at ``out``.
@@ -370,7 +382,7 @@ def compress(
     # What can be refused is refused before any weight is read.
     refuse_taken(out)
     check(read_geometry(source), settings, target)
-    model = load(source, device, streaming=streaming)
+    model = load(source, device, streaming=streaming) if model is None else model
     can_refine(model, refine_steps=settings.refine_steps, polish_steps=target.polish_steps)
     blocks = prepare_blocks(source, text, settings, model, report)
     layers = list(fit_layers(model, blocks, settings, report=report))

@@ -46,6 +46,7 @@ from orthokv.spec.errors import (
     UnsupportedModel,
 )
 from orthokv.spec.hub_ids import is_hub_id
+from orthokv.spec.records import BaseModel
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -130,6 +131,11 @@ def resolve_model(
     with _hub_errors(model, revision):
         snapshot_download(model, revision=commit, cache_dir=cache_dir, allow_patterns=list(files))
     return ModelSource(model, commit, folder, _verify(model, folder, files), files)
+
+
+def recorded_model(recorded: BaseModel, revision: str | None = None) -> ModelSource:
+    """The model that a profile or checkpoint names, at the commit that it names unless `revision` says another."""
+    return resolve_model(recorded["id"], revision=revision or recorded["revision"])
 
 
 def _refuse_large(model: str, sizes: Mapping[str, int], max_weight_bytes: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -81,3 +82,35 @@ class TextMixture:
         if num_samples < count:
             raise InvalidSetting(f"{num_samples} samples cannot be shared among {count} texts")
         return [num_samples // count + (i < num_samples % count) for i in range(count)]
+
+
+def text_of(
+    dataset: str | Path | TextSource | TextMixture | Sequence[str | Path | TextSource], field: str = "text"
+) -> TextSource | TextMixture:
+    """What a user calls a dataset: a file, a hub data set id, `self`, or several of these, mixed in equal parts.
+
+    Args:
+        field: of a row, where a source is given by its name alone.
+
+    Raises:
+        InvalidSetting: there is none, or one is named twice.
+    """
+    if isinstance(dataset, TextMixture):
+        return dataset
+    named = [dataset] if isinstance(dataset, (str, Path, TextSource)) else list(dataset)
+    if not named:
+        raise InvalidSetting("name at least one text")
+    parts = tuple(one if isinstance(one, TextSource) else TextSource(str(one), field=field) for one in named)
+    return parts[0] if len(parts) == 1 else TextMixture(parts)
+
+
+def needs_text(source: str) -> None:
+    """Refuse `self`: text that the model writes flatters it, so predictions are measured on text that it did not write.
+
+    Raises:
+        InvalidSetting: it is `self`.
+    """
+    if source == "self":
+        raise InvalidSetting(
+            "measuring needs text that the model did not write itself: name a file or a data set"
+        )
