@@ -133,19 +133,6 @@ def comparison_table(rows: list[ComparisonRow], dense_perplexity: float) -> Tabl
     return table
 
 
-def comparison_markdown(rows: list[ComparisonRow]) -> str:
-    """The comparison as a GitHub table, the uncompressed model first."""
-    lines: list[list[str]] = []
-    if rows:
-        lines.append(
-            ["dense", "", "", "", percent(1.0), "", number(rows[0].perplexity_dense), "1", "", "", ""]
-        )
-    for row in rows:
-        names = [re.sub(r"[|\s]+", " ", name) for name in (row.method, row.sharing, row.key_mode)]
-        lines.append([*names, *_comparison_cells(row)])
-    return markdown(("method", "sharing", "keys", *_COMPARISON), lines, left=3) + "\n"
-
-
 # ------------------------------------------------------------------------------------- many seeds, one text
 
 
