@@ -21,10 +21,15 @@ SUFFIXES |= {".txt": "text", ".md": "text", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where text comes from: a file, the id of a hub data set, or ``self`` (the model's own samples).
+    """Where text comes from: a file, the id of a hub data set, or `self` (the model's own samples).
 
-    ``format`` None decides by suffix; a name that is no file and has no known suffix is a hub id. ``field``
-    names the text in a row; ``split`` and ``config`` choose a part of a hub data set.
+    Attributes:
+        source: a path, an id, or `self`.
+        format: `jsonl`, `text`, `parquet`, `hub` or `self`; None decides by suffix, and takes a name that is not a file and has
+            no known suffix for a hub id.
+        field: of a row, the field that holds the text.
+        split: the part of a hub data set.
+        config: the configuration of a hub data set, where it has several.
     """
 
     source: str
@@ -38,7 +43,7 @@ class TextSource:
             raise InvalidSetting(f"format must be one of {', '.join(get_args(Format))}, not {self.format!r}")
 
     def resolved_format(self) -> Format:
-        """The format to read; raises InvalidDataset where neither suffix nor name tells it."""
+        """The format to read; raises `InvalidDataset` where neither suffix nor name tells it."""
         path = Path(self.source)
         if self.format is not None or self.source == "self":
             return self.format or "self"

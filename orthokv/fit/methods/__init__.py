@@ -34,10 +34,10 @@ __all__ = [
 ]
 
 _BUILT_IN = frozenset(METHODS)
-M = TypeVar("M", bound=type[MethodSettings])
+M = TypeVar("M", bound=MethodSettings)
 
 
-def register_method(kind: M) -> M:
+def register_method(kind: type[M]) -> type[M]:
     """Make a method of your own known by its `name`, as a class decorator: `compress(..., method=name)` then uses it.
 
     Its fields are its settings, which `compress(..., options={...})` sets; `matrices` and `refine_steps` are facts of it. A
