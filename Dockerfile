@@ -9,10 +9,13 @@ COPY pyproject.toml constraints.txt deploy/requirements.py ./
 RUN python requirements.py server broker otel > requirements.txt \
     && pip install -c constraints.txt -r requirements.txt
 
+# Of the library its words alone.
+COPY orthokv/__init__.py orthokv/
+COPY orthokv/spec orthokv/spec
 COPY app app
 COPY migrations migrations
 
-RUN useradd --uid 10001 --no-create-home orthokv && install -d -o orthokv /data
+RUN useradd --uid 10001 --no-create-home orthokv && install -d -m 700 -o orthokv /data
 USER 10001
 ENV ORTHOKV_DATA_DIR=/data
 VOLUME /data

@@ -36,8 +36,10 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m demo.run
 
+# Processes that share the tests; each has its own databases, ports and folders.
+WORKERS ?= auto
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not crash and not mlflow and not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not crash and not mlflow and not slow" $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not crash and not mlflow"
@@ -74,11 +76,12 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m app.http.openapi --check
+	$(BIN)/python -m tools.openapi --check
 	$(BIN)/python -m tools.client_sources --check
-	$(BIN)/python -m tests.support_table --check
+	$(BIN)/python -m tools.support_table --check
 	$(BIN)/python -m tools.library_docs --check
 	$(BIN)/python -m tools.cli_docs --check
+	$(BIN)/python -m tools.import_circles
 	$(BIN)/python -m app.migrate --check
 	$(BIN)/yamllint --strict -c .yamllint.yml .yamllint.yml docker-compose.yml deploy
 	$(BIN)/hadolint Dockerfile gpu_worker.Dockerfile
@@ -104,7 +107,7 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 openapi: $(STAMP)
-	$(BIN)/python -m app.http.openapi
+	$(BIN)/python -m tools.openapi
 	$(BIN)/python -m tools.client_sources
 
 client: $(STAMP)
@@ -118,7 +121,7 @@ docs: $(STAMP)
 	$(BIN)/python -m tools.cli_docs
 
 table: $(STAMP)
-	$(BIN)/python -m tests.support_table
+	$(BIN)/python -m tools.support_table
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info clients/python/build clients/python/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

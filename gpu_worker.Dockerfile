@@ -20,7 +20,7 @@ COPY migrations migrations
 COPY clients/python clients/python
 RUN pip install -c constraints.txt ".[worker,otel]" ./clients/python
 
-RUN useradd --uid 10001 --create-home orthokv && install -d -o orthokv /data
+RUN useradd --uid 10001 --create-home orthokv && install -d -m 700 -o orthokv /data
 USER 10001
 WORKDIR /data
 ENV ORTHOKV_DATA_DIR=/data HF_HOME=/data/huggingface

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from app.auth.cli import keys, projects
 from app.checker.cli import check
 from app.cli import api, migrate
+from app.projects.cli import keys, projects
 
 commands = typer.Typer(help="The API of OrthoKV.", no_args_is_help=True, add_completion=False)
 commands.command()(api)

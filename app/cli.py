@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.starting import starting
 
+if TYPE_CHECKING:
+    from app.settings import Settings
 
-def _announce(url: str) -> None:
+
+def _announce(url: str, settings: Settings) -> None:
+    from app.auth.owner import TOKEN_FILE
+
     typer.echo(f"OrthoKV listening on {url}")
+    if settings.auth_required:
+        return
+    if sys.stdout.isatty():
+        typer.echo(f"Its pages: {url}/docs?token={settings.token.get_secret_value()}")
+    else:  # the output is kept in a file, which others may be able to read
+        typer.echo(f"Its pages: {url}/docs?token=..., with the token of {settings.data_dir / TOKEN_FILE}")
 
 
 def serve(
@@ -30,7 +42,7 @@ def serve(
     from app.settings import Settings
 
     with starting(embedded.FolderInUse, Exposed):
-        settings = Settings(data_dir=data, allow_local_models=True)
+        settings = Settings(data_dir=data)
         alone = others_can_reach(settings, host) is None
         if alone and "auth_required" not in settings.model_fields_set:
             settings = settings.model_copy(update={"auth_required": False})
@@ -47,13 +59,12 @@ def api(
     """Run the API of a fleet; `orthokv worker` runs the jobs. ORTHOKV_* variables name database and store."""
     from app.auth.exposure import Exposed, require_auth, require_key
     from app.infra.logs import configure
+    from app.infra.private import make_private
     from app.infra.storage import open_storage
     from app.infra.tracing import configure as configure_tracing
-    from app.main import create_app
     from app.metrics.port import api_metrics
     from app.migrate import require_schema
-    from app.server import bound, leave_on_signals
-    from app.server import serve as serve_api
+    from app.server import bound, leave_on_signals, serve_admitted
     from app.settings import Settings
 
     with starting(Exposed):
@@ -61,12 +72,13 @@ def api(
         require_auth(settings, host)
         require_schema(settings.resolved_database_url)
         require_key(settings, host)
-        open_storage(settings)
         configure()
+        make_private(settings)
+        open_storage(settings)
         configure_tracing("orthokv-api")
         with bound(host, port) as listening, api_metrics(settings):
             leave_on_signals()
-            serve_api(create_app(settings), listening, host=host, announce=_announce)
+            serve_admitted(settings, listening, host=host, announce=_announce)
 
 
 def migrate() -> None:

@@ -22,11 +22,11 @@ from app.auth.exposure import require_key
 from app.infra import tracing
 from app.infra.ids import new_id
 from app.infra.logs import configure
+from app.infra.private import make_private
 from app.infra.sealing import own_key
-from app.main import create_app
 from app.metrics.port import api_metrics
 from app.migrate import upgrade
-from app.server import bound, leave_on_signals, serve
+from app.server import bound, leave_on_signals, serve_admitted
 from app.settings import Settings, split_keys
 
 log = structlog.get_logger(__name__)
@@ -110,9 +110,10 @@ class EmbeddedWorker:
                 self._stop.wait(_RESTART_SECONDS)
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        python = sys.executable
+        # Modules come from where Python is installed, never from the folder in which the server was started.
+        module = (sys.executable, "-P", "-m")
         return subprocess.Popen(
-            [python, "-m", "workers.tether", str(os.getpid()), "", python, "-m", "workers.supervisor"],
+            [*module, "workers.tether", str(os.getpid()), "", *module, "workers.supervisor"],
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,
@@ -121,24 +122,24 @@ class EmbeddedWorker:
         )
 
 
-def run(settings: Settings, *, host: str, port: int, worker: bool, announce: Callable[[str], None]) -> None:
+def run(
+    settings: Settings, *, host: str, port: int, worker: bool, announce: Callable[[str, Settings], None]
+) -> None:
     """Serve until SIGINT or SIGTERM. Raises `FolderInUse`, `Exposed` and `OSError` (the port is taken)."""
     configure()
     tracing.configure("orthokv-api")
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    make_private(settings)
     with locked(settings.data_dir) as lock, bound(host, port) as listening, api_metrics(settings):
         upgrade(settings.resolved_database_url)
         require_key(settings, host)
         if not split_keys(settings.secret_keys):
             settings = settings.model_copy(update={"secret_keys": SecretStr(own_key(settings.data_dir))})
-        if not settings.auth_required:
-            log.info("auth.off", meaning="requests without a key act as 'local' in the project 'default'")
         leave_on_signals()  # the worker is still to be drained then
         embedded = EmbeddedWorker(settings, lock=lock) if worker else None
         if embedded is not None:
             embedded.start()
         try:
-            serve(create_app(settings), listening, host=host, announce=announce)
+            serve_admitted(settings, listening, host=host, announce=announce)
         finally:
             if embedded is not None:
                 embedded.stop()

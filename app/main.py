@@ -10,19 +10,20 @@ from fastapi import FastAPI
 
 import app.artifacts.routes
 import app.audit.routes
-import app.auth.routes
+import app.auth.docs
 import app.checkpoints.routes
 import app.costs.routes
 import app.datasets.routes
-import app.events.routes
+import app.deletion.routes
 import app.http.health
+import app.jobs.event_routes
 import app.jobs.routes
 import app.profiles.routes
+import app.projects.routes
 import app.quotas.routes
 import app.webhooks.routes
 from app.audit.window import NotedOnce
 from app.auth.rate import RateLimit
-from app.events.routes import StreamSlots
 from app.hints.dispatch import make_dispatcher
 from app.http import errors
 from app.http.middleware import LocalOnly, PlainQueries, RequestIds
@@ -32,9 +33,10 @@ from app.infra.database import Database, SyncDatabase, Timeouts
 from app.infra.outbound import Outbound
 from app.infra.sealing import make_sealer
 from app.infra.storage import open_storage
-from app.jobs.reaper import Reaper
+from app.jobs.event_routes import StreamSlots
 from app.jobs.waiting import JobWatch
 from app.metrics.requests import Requests
+from app.reaper import Reaper
 from app.settings import Settings
 from app.webhooks.sender import Sender
 
@@ -78,6 +80,8 @@ def create_app(settings: Settings) -> FastAPI:
         version=API_VERSION,
         description=DESCRIPTION,
         lifespan=_lifespan,
+        docs_url=None,  # ours: app.auth.docs
+        openapi_url=None,
         redoc_url=None,
         redirect_slashes=False,
         # Spans of requests, where `tracing.configure` has set up an exporter; metrics and logs are our own.
@@ -107,16 +111,18 @@ def create_app(settings: Settings) -> FastAPI:
         app.datasets.routes.upload_router,
         app.jobs.routes.router,
         app.costs.routes.router,
-        app.events.routes.router,
+        app.jobs.event_routes.router,
         app.profiles.routes.router,
         app.checkpoints.routes.router,
         app.artifacts.routes.router,
+        app.deletion.routes.router,
         app.quotas.routes.router,
-        app.auth.routes.projects,
-        app.auth.routes.keys,
+        app.projects.routes.projects,
+        app.projects.routes.keys,
         app.audit.routes.router,
         app.webhooks.routes.router,
         app.http.health.router,
+        app.auth.docs.router,
     ):
         api.include_router(router)
     describe(api)

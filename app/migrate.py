@@ -20,6 +20,7 @@ from sqlalchemy.exc import DatabaseError
 
 import migrations
 from app.infra.database import DatabaseUnusable, SyncDatabase
+from app.infra.private import private_files
 from app.settings import Settings
 
 
@@ -87,7 +88,8 @@ def check() -> int:
 def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         return check()
-    upgrade(Settings().resolved_database_url)
+    with private_files():
+        upgrade(Settings().resolved_database_url)
     return 0
 
 

@@ -6,11 +6,10 @@ from app.auth.models import ApiKey, Project
 from app.checkpoints.models import Checkpoint, CheckpointFile
 from app.costs.models import RunCost
 from app.datasets.models import Dataset
-from app.deletion.models import Garbage
-from app.events.models import Event
 from app.idempotency.models import IdempotencyKey
 from app.infra.database import Base
-from app.jobs.models import Job, Layer, Step
+from app.infra.garbage import Garbage
+from app.jobs.models import Event, Job, Layer, Step
 from app.profiles.models import Profile
 from app.webhooks.models import WebhookDelivery, WebhookEndpoint
 

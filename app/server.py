@@ -1,4 +1,4 @@
-"""One HTTP server process: a bound socket, an announcement, uvicorn."""
+"""One HTTP server process: a bound socket, its owner's token, an announcement, uvicorn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import NoReturn
 import uvicorn
 from fastapi import FastAPI
 
+from app.auth.owner import admitted
 from app.http.sendfile import ZeroCopyProtocol
+from app.main import create_app
+from app.settings import Settings
 
 
 class _AnnouncingServer(uvicorn.Server):
@@ -46,6 +49,14 @@ def serve(api: FastAPI, listening: socket.socket, *, host: str, announce: Callab
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{listening.getsockname()[1]}"
     _AnnouncingServer(config, lambda: announce(url)).run(sockets=[listening])
+
+
+def serve_admitted(
+    settings: Settings, listening: socket.socket, *, host: str, announce: Callable[[str, Settings], None]
+) -> None:
+    """Serve the API of these settings and, where keys alone do not decide, let its owner in by a token."""
+    with admitted(settings, listening) as known:
+        serve(create_app(known), listening, host=host, announce=lambda url: announce(url, known))
 
 
 def leave_on_signals() -> None:

@@ -74,16 +74,21 @@ class Settings(BaseSettings):
     """
     hub_url: str = Field(default_factory=_hub_url)
     """Where `POST /v1/jobs:validate` reads the `config.json` of hub models; empty: nowhere."""
-    allow_local_models: bool = False
-    """Accept absolute folders as model ids.
+    model_roots: tuple[Path, ...] = ()
+    """Absolute folders below which jobs may name a model; set it for the API and for its workers.
 
-    `orthokv serve` turns it on: its user and the server are one person.
+    The owner of a loopback server needs none: he may name every folder that the server can read.
     """
 
     auth_required: bool = True
-    """Refuse requests without an API key.
+    """Take API keys alone. False, on the loopback only: the owner's token, too.
 
     `orthokv serve` on the loopback turns it off, unless it is set.
+    """
+    token: SecretStr = SecretStr("")
+    """The owner's token of a loopback server, such as another one has made.
+
+    Empty: a new one at every start, in a file of the data folder.
     """
     key_pepper: SecretStr = SecretStr("")
     """A secret that is mixed into the stored digests of API keys. Changing it ends every key."""
@@ -172,7 +177,7 @@ class Settings(BaseSettings):
 
     None: one step.
     """
-    runner_command: tuple[str, ...] = (sys.executable, "-m", "workers.runner")
+    runner_command: tuple[str, ...] = (sys.executable, "-P", "-m", "workers.runner")
     runner_environment: tuple[str, ...] = ()
     """Names of further variables to hand to the runner, which otherwise sees no secret."""
     step_memory_bytes: Bytes | None = None
@@ -214,6 +219,13 @@ class Settings(BaseSettings):
         if url and not url.startswith(("redis://", "rediss://")):
             raise ValueError("must be a redis:// or rediss:// URL")
         return url
+
+    @field_validator("model_roots")
+    @classmethod
+    def _are_plain_folders(cls, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+        if not all(root.is_absolute() and ".." not in root.parts for root in roots):
+            raise ValueError("must be absolute folders, without '..'")
+        return roots
 
     @field_validator("secret_keys")
     @classmethod

@@ -19,10 +19,14 @@ def stop(message: str, code: int) -> typer.Exit:
 
 @contextmanager
 def starting(*refusals: type[Exception]) -> Iterator[None]:
-    """What keeps a server or worker from starting becomes one line; `refusals` are the command's own."""
+    """What keeps a server or worker from starting becomes one line; `refusals` are the command's own.
+
+    What a command of the service writes is its user's alone, whatever his umask.
+    """
     from sqlalchemy.exc import SQLAlchemyError  # `orthokv jobs` is to start fast
 
     from app.infra.database import DatabaseUnusable
+    from app.infra.private import private_files
     from app.infra.storage import StorageError
     from app.infra.tracing import TracingUnusable
     from app.migrate import SchemaBehind
@@ -35,7 +39,8 @@ def starting(*refusals: type[Exception]) -> Iterator[None]:
         *refusals,
     )
     try:
-        yield
+        with private_files():
+            yield
     except ValidationError as error:
         first = error.errors()[0]
         raise stop(f"setting {'.'.join(map(str, first['loc']))}: {first['msg']}", BAD_INPUT) from error

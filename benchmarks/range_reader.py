@@ -5,6 +5,7 @@ python -m benchmarks.range_reader URL BYTES CONNECTIONS
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -18,8 +19,15 @@ BUFFER_BYTES = 1 << 20
 def read_range(host: str, port: int, path: str, start: int, end: int) -> None:
     """Read bytes `start` to `end`, exclusive. Raises `SystemExit` when another answer than them comes."""
     with socket.create_connection((host, port), timeout=120) as connection:
-        request = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nRange: bytes={start}-{end - 1}\r\nConnection: close\r\n\r\n"
-        connection.sendall(request.encode())
+        lines = [
+            f"GET {path} HTTP/1.1",
+            f"Host: {host}",
+            f"Range: bytes={start}-{end - 1}",
+            "Connection: close",
+        ]
+        if token := os.environ.get("ORTHOKV_TOKEN"):
+            lines.append(f"Authorization: Bearer {token}")
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
         head = b""
         while b"\r\n\r\n" not in head:
             received = connection.recv(65536)

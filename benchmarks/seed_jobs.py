@@ -7,11 +7,10 @@ from typing import Any
 from sqlalchemy import insert, inspect, select
 from sqlalchemy.orm import Session
 
-from app.events.models import Event
 from app.infra.database import SyncDatabase
 from app.infra.ids import new_id
-from app.jobs.models import Job, Step
-from tests.service.factories import complete, queue_job
+from app.jobs.models import Event, Job, Step
+from tests.support.factories import complete, queue_job
 
 _AT_ONCE = 2_000  # jobs a transaction
 

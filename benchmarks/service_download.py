@@ -32,15 +32,17 @@ import psutil
 from sqlalchemy.orm import Session
 
 from app.artifacts.models import Artifact
-from app.auth.principal import local_principal
 from app.infra.database import SyncDatabase
+from app.infra.keys import generate_token
 from app.jobs import service
 from app.jobs.commits import Produced, finish_step
 from app.jobs.lease import claim
 from app.jobs.schemas import JobCreate
 from app.migrate import upgrade
+from app.principal import local_principal
 from app.settings import DEFAULT_GPU_CLASS, Settings
 
+TOKEN = generate_token()
 CONNECTIONS = (1, 8, 32)
 MIN_SHARE = 0.8
 MAX_GROWTH_BYTES = 50 << 20
@@ -61,7 +63,7 @@ http {{
 
 def make_artifact(data: Path, size: int) -> tuple[str, Path]:
     """A data folder whose database knows one large file; its id and its path."""
-    settings = Settings(data_dir=data, allow_local_models=True)
+    settings = Settings(data_dir=data)
     data.mkdir()
     upgrade(settings.resolved_database_url)
     database = SyncDatabase(settings.resolved_database_url)
@@ -119,7 +121,8 @@ def api(data: Path) -> Iterator[tuple[str, int]]:
         "0",
         "--no-worker",
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "ORTHOKV_TOKEN": TOKEN}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
@@ -159,7 +162,8 @@ def nginx(program: str, root: Path, folder: Path) -> Iterator[tuple[str, int]]:
 def timed(url: str, size: int, connections: int) -> float:
     """Bytes a second, read by a process of its own."""
     command = [sys.executable, "-m", "benchmarks.range_reader", url, str(size), str(connections)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "ORTHOKV_TOKEN": TOKEN}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         sys.exit(f"reading {url} failed: {done.stderr}")
     return size / float(done.stdout)

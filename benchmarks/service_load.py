@@ -29,7 +29,6 @@ import structlog
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session
 
-from app.auth.principal import DEFAULT_PROJECT_ID
 from app.infra.database import SyncDatabase
 from app.infra.ids import new_id
 from app.jobs import repository
@@ -39,12 +38,13 @@ from app.jobs.models import Job
 from app.jobs.states import record
 from app.jobs.vocabulary import StepName
 from app.migrate import upgrade
+from app.principal import DEFAULT_PROJECT_ID
 from benchmarks.http_load import Connection, at_most, at_rate, message, milliseconds
 from benchmarks.seed_jobs import seed
-from tests.fleet import Api
-from tests.postgres import postgres_url
-from tests.service.factories import finish, job_body, produced
-from tests.service.tenants import new_key
+from tests.support.factories import finish, job_body, produced
+from tests.support.fleet import Api
+from tests.support.postgres import postgres_url
+from tests.support.tenants import new_key
 
 CLAIMERS, CLAIMING_PROCESSES = 64, 4
 COMMITTERS, COMMITS_PER_SECOND = 8, 80.0

@@ -122,7 +122,7 @@ def main() -> None:
 
     say("2. Start the service, post a job, follow it")
     with service(OUT / "service") as url:
-        console.print(f"service at {url}, its pages at {url}/docs", highlight=False)
+        console.print(f"service at {url}", highlight=False)
         settings = ["--num-samples", str(SAMPLES), "--sequence-length", str(LENGTH), "--url", url]
         orthokv(
             "jobs",

@@ -25,11 +25,12 @@ from orthokv.planning.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.show.results import ComparisonRow
 from orthokv.spec.budget import Budget
+from orthokv.spec.check import check
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.progress import Reporter, Step, silent
 from orthokv.spec.settings import FitSettings
-from orthokv.spec.sharing import sharings_of
 from orthokv.spec.steps import check_steps
+from orthokv.spec.target import Target
 from orthokv.spec.vocabulary import SHARING_CHOICES, Allocation, SharingChoice
 from orthokv.text.blocks import Blocks
 
@@ -192,7 +193,8 @@ def compare_methods(
     every = [choice.settings(settings) for choice in choices]  # all settings are checked before the first fit
     geometry = geometry_of(model.config)
     for choice, chosen in zip(choices, every, strict=True):
-        sharings_of(chosen.sharing, geometry)
+        for budget in budgets:
+            check(geometry, chosen, Target(budget, allocation=allocation, polish_steps=choice.polish_steps))
         can_refine(model, refine_steps=chosen.refine_steps, polish_steps=choice.polish_steps)
     rows: list[ComparisonRow] = []
     for n, (choice, chosen) in enumerate(zip(choices, every, strict=True)):

@@ -19,6 +19,7 @@ MODELS = CLIENT / "models.py"
 WORDS = CLIENT / "words.py"
 PAIRS = {
     CLIENT / "asynchronous.py": CLIENT / "synchronous.py",
+    CLIENT / "connection_async.py": CLIENT / "connection.py",
     CLIENT / "resources_async.py": CLIENT / "resources.py",
 }
 
@@ -54,6 +55,11 @@ _PARTS = {
 }
 # What the fields of these schemas mean, for the help of the commands.
 _EXPLAINED = ("Method", "JobCreate")
+_SYNC_DOCS = {
+    "synchronous": "The synchronous client",
+    "connection": "Its connection",
+    "resources": "Its resources",
+}
 # What differs between the two clients; all else is the same text.
 _SYNC_NAMES = {
     "AsyncOrthoKV": "OrthoKV",
@@ -135,14 +141,14 @@ def _literal(name: str, node: dict[str, Any], schemas: dict[str, Any]) -> str:
 def synchronous(source: Path, target: Path) -> str:
     """An asynchronous module's text without `async` and `await`."""
     text = source.read_text(encoding="utf-8")
-    what = "The synchronous client" if target.stem == "synchronous" else "Its resources"
+    what = _SYNC_DOCS[target.stem]
     text = re.sub(r'\A""".*?"""', _SYNC_HEADER.format(what=what, source=source.name), text, flags=re.DOTALL)
     text = re.sub(r"\basync (def|for|with)\b", r"\1", text)
     text = re.sub(r"\bawait ", "", text)
     for name, replacement in _SYNC_NAMES.items():
         text = re.sub(rf"\b{name}\b", replacement, text)
     text = re.sub(r"\bAsync([A-Z]\w+)", r"\1", text)
-    text = re.sub(r"\borthokv_client\.(running|resources)_async\b", r"orthokv_client.\1", text)
+    text = re.sub(r"\borthokv_client\.(running|resources|connection)_async\b", r"orthokv_client.\1", text)
     text = text.replace("orthokv_client.asynchronous", "orthokv_client.synchronous")
     return _formatted(text, target)
 

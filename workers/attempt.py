@@ -13,6 +13,7 @@ import structlog
 
 from app.hints.pipe import WakeListener
 from app.infra import failpoints, tracing
+from app.infra.counted import ATTEMPT_SECONDS, ATTEMPTS, LAYER_SECONDS, PEAK_MEMORY_BYTES
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage, StorageError
 from app.jobs.commits import IncompleteResult, Produced, commit_layer, commit_progress, finish_step
@@ -27,8 +28,8 @@ from app.jobs.lease import (
     fail,
     release,
 )
+from app.jobs.model_folders import FolderRefused
 from app.jobs.vocabulary import JobErrorCode, StepName
-from app.metrics.counted import ATTEMPT_SECONDS, ATTEMPTS, LAYER_SECONDS, PEAK_MEMORY_BYTES
 from app.settings import Settings
 from workers.child import Child
 from workers.heartbeat import Heartbeat, Stop
@@ -118,6 +119,8 @@ class Attempt:
                 return self._run_child(request)
         except (StorageError, OSError) as error:
             return Failure(JobErrorCode.STORAGE_ERROR, str(error), retryable=True)
+        except FolderRefused as error:
+            return Failure(JobErrorCode.MODEL_NOT_FOUND, str(error), retryable=False)
         except (ProtocolError, IncompleteResult) as error:
             return Failure(JobErrorCode.INTERNAL, f"The runner broke its protocol: {error}", retryable=False)
         finally:

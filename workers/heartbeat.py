@@ -14,9 +14,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.hints.pipe import WakeListener
 from app.infra import failpoints
+from app.infra.counted import HEARTBEAT_FAILURES
 from app.infra.database import SyncDatabase
 from app.jobs.lease import Lease, LeaseLost, TimeUp, beat
-from app.metrics.counted import HEARTBEAT_FAILURES
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)

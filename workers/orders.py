@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app.artifacts.repository import files_of_job
 from app.datasets.repository import get_dataset
 from app.infra.storage import Storage
-from app.jobs import repository
+from app.jobs import model_folders, repository
 from app.jobs.lease import Lease, LeaseLost
 from app.jobs.models import Job
 from app.jobs.schemas import CheckpointSpec, CompressSpec, TextRef
@@ -52,6 +52,7 @@ class Order:
     model: ModelRef
     settings: FitSettings
     target: Target
+    by_owner: bool
     layers: list[int]
     inputs: list[Source]
     texts: list[Text]
@@ -92,6 +93,7 @@ def load_order(session: Session, lease: Lease, settings: Settings) -> Order:
         ),
         settings=spec.settings(),
         target=asked.target(),
+        by_owner=job.by_owner,
         layers=_owed_layers(session, lease),
         inputs=[
             Source(file.filename, file.object_key, file.sha256)
@@ -120,8 +122,12 @@ def _texts(session: Session, asked: list[TextRef], *, fetched: bool) -> list[Tex
 def prepare(order: Order, lease: Lease, storage: Storage, settings: Settings, folder: Path) -> Request:
     """Fetch the inputs into the (new) folder, with their digests checked, and write the request.
 
-    Raises `StorageError`.
+    Raises `StorageError`, and `FolderRefused` where the model's folder is not for whoever made the job: asked again here,
+    where the folder lies, and before every step, since links can change.
     """
+    model_folders.require(
+        order.model.id, form=order.target.form, by_owner=order.by_owner, roots=settings.model_roots
+    )
     inputs, workdir = folder / "inputs", folder / "work"
     for made in (folder.parent.parent, folder.parent, folder, inputs, workdir):
         made.mkdir(mode=0o700, parents=True, exist_ok=made not in (inputs, workdir))

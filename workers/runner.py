@@ -104,7 +104,12 @@ class Job:
     def source(self) -> ModelSource:
         """The checked model on disk. It is the only thing that a step fetches: from here on the hub is out of reach."""
         model = self.request.model
-        source = resolve_model(model.id, revision=model.revision, max_weight_bytes=model.max_weight_bytes)
+        source = resolve_model(
+            model.id,
+            revision=model.revision,
+            max_weight_bytes=model.max_weight_bytes,
+            folders=model.id.startswith("/"),
+        )
         os.environ["HF_HUB_OFFLINE"] = "1"
         hub_constants.HF_HUB_OFFLINE = True  # the client has read the variable when it was imported
         return source
@@ -289,6 +294,7 @@ def run(request: Request, wire: Wire) -> int:
 
 
 def main() -> int:
+    os.umask(0o077)  # a step's files are its user's alone, whoever starts it
     # Libraries may print: only the protocol may reach standard output.
     wire, sys.stdout = Wire(sys.stdout), sys.stderr
     failpoints.arm_from_environment()

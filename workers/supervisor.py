@@ -24,13 +24,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.hints.dispatch import Dispatcher, make_dispatcher
 from app.hints.pipe import WakeListener
 from app.infra import failpoints, tracing
+from app.infra.counted import WORKER_IDLE
 from app.infra.database import SyncDatabase, Timeouts
 from app.infra.logs import configure
+from app.infra.private import make_private, private_files
 from app.infra.storage import open_storage
 from app.jobs import repository
 from app.jobs.lease import Lease, RetryPolicy, claim
-from app.jobs.reaper import return_lost
-from app.metrics.counted import WORKER_IDLE
+from app.jobs.repairs import return_lost
 from app.metrics.port import worker_metrics
 from app.settings import Settings
 from workers.attempt import Attempt
@@ -194,7 +195,8 @@ class Supervisor:
 
 def main() -> None:
     try:
-        run(Settings())
+        with private_files():
+            run(Settings())
     except CannotIsolate as error:
         sys.exit(f"orthokv: {error}")
 
@@ -204,6 +206,7 @@ def run(settings: Settings) -> None:
     if settings.isolate_steps:
         require_isolation()
     configure()
+    make_private(settings)
     failpoints.arm(settings.failpoint, settings.failpoint_dir)
     tracing.configure("orthokv-worker")
     with worker_metrics(settings):

@@ -5,20 +5,28 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Depends, Path, Request
 from fastapi.responses import Response
 
 from app.artifacts import service
 from app.artifacts.content import Conditions, content, elsewhere
 from app.artifacts.schemas import Artifact
-from app.auth.dependency import ArtifactsRead, JobsWrite, guarded
-from app.deletion import service as deletion
-from app.http.dependencies import Config, Db, Downloads, Store
+from app.audit.window import NotedOnce
+from app.auth.dependency import ArtifactsRead, guarded
+from app.http.dependencies import Config, Db, Store
 from app.http.errors import Code, Problem
 from app.infra.ids import id_pattern
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
 ArtifactId = Annotated[str, Path(pattern=id_pattern("art"))]
+
+
+async def _downloads(request: Request) -> NotedOnce:  # no plain function: FastAPI would run it in a thread
+    downloads: NotedOnce = request.app.state.downloads
+    return downloads
+
+
+Downloads = Annotated[NotedOnce, Depends(_downloads)]
 
 _BYTES: dict[str, Any] = {"*/*": {"schema": {"type": "string", "format": "binary"}}}
 _CONTENT_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -78,14 +86,3 @@ async def head_content(
     """The headers alone: size, digest, type."""
     artifact, object_key = await db.read(service.locate, artifact_id=artifact_id, principal=principal)
     return await content(store, artifact, object_key, conditions)
-
-
-@router.delete(
-    "/{artifact_id}",
-    status_code=204,
-    operation_id="artifacts.delete",
-    responses=guarded(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
-)
-async def delete(artifact_id: ArtifactId, principal: JobsWrite, db: Db) -> None:
-    """Delete a file that belongs to no profile and no checkpoint, such as a fitted layer of a job that has succeeded."""
-    await db.write(deletion.delete_artifact, artifact_id=artifact_id, principal=principal)

@@ -13,8 +13,8 @@ from app.artifacts import repository
 from app.artifacts.models import Artifact as Row
 from app.artifacts.schemas import Artifact
 from app.audit.service import record
-from app.auth.principal import Principal
 from app.http.errors import not_found
+from app.principal import Principal
 
 
 def get(session: Session, *, artifact_id: str, principal: Principal) -> Artifact:

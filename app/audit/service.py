@@ -9,9 +9,9 @@ from sqlalchemy.orm import Session
 from app.audit import repository
 from app.audit.models import AuditEvent as Row
 from app.audit.schemas import AuditEvent
-from app.auth.principal import Principal
 from app.http.pagination import Cursor, Page, page
 from app.infra.ids import new_id
+from app.principal import Principal
 
 
 def record(

@@ -1,1 +1,1 @@
-"""Who asks: projects, API keys, scopes. Every route depends on a principal; see `dependency.py`."""
+"""Who asks: API keys and their scopes. Every route depends on a principal; see `dependency.py`."""

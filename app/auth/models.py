@@ -7,8 +7,8 @@ from datetime import datetime
 from sqlalchemy import BigInteger, ForeignKey, Integer, String
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.auth.keys import prefix
 from app.infra.database import Base, Id, Json, UtcDateTime, now
+from app.infra.keys import prefix
 
 
 class Project(Base):

@@ -16,12 +16,11 @@ from app.auth.models import Project
 from app.checker.rules import RULES, Facts
 from app.checkpoints.models import Checkpoint
 from app.datasets.models import Dataset
-from app.events.models import Event
+from app.deletion.orphans import find_orphans
 from app.idempotency.models import IdempotencyKey
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
-from app.jobs.models import Job, Layer, Step
-from app.jobs.reaper import find_orphans
+from app.jobs.models import Event, Job, Layer, Step
 from app.jobs.vocabulary import StepStatus
 from app.profiles.models import Profile
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.events.models import Event
+from app.jobs.models import Event
 
 # Event -> statuses from which it may come, and the status after it (None: the same).
 _EDGES: dict[str, tuple[frozenset[str], str | None]] = {

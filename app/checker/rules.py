@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from app.artifacts.models import Artifact
 from app.checker.history import Replay, replay
 from app.checkpoints.models import Checkpoint
-from app.events.models import Event
-from app.jobs.models import Job, Layer, Step
+from app.jobs.models import Event, Job, Layer, Step
 from app.profiles.models import Profile
 
 _TERMINAL = {"succeeded", "failed", "cancelled"}

@@ -6,10 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
 
-from app.auth.dependency import CheckpointsRead, CheckpointsWrite, guarded
+from app.auth.dependency import CheckpointsRead, guarded
 from app.checkpoints import service
 from app.checkpoints.schemas import Checkpoint, Manifest
-from app.deletion import service as deletion
 from app.http.dependencies import Db, PageCursor
 from app.http.errors import Code
 from app.http.pagination import Page
@@ -40,14 +39,3 @@ async def get(checkpoint_id: CheckpointId, principal: CheckpointsRead, db: Db) -
 async def files(checkpoint_id: CheckpointId, principal: CheckpointsRead, db: Db) -> Manifest:
     """The files to download, each with its size and digest."""
     return await db.read(service.manifest, checkpoint_id=checkpoint_id, principal=principal)
-
-
-@router.delete(
-    "/{checkpoint_id}",
-    status_code=204,
-    operation_id="checkpoints.delete",
-    responses=guarded(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
-)
-async def delete(checkpoint_id: CheckpointId, principal: CheckpointsWrite, db: Db) -> None:
-    """Delete a checkpoint and its files."""
-    await db.write(deletion.delete_checkpoint, checkpoint_id=checkpoint_id, principal=principal)

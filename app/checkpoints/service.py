@@ -5,11 +5,11 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.artifacts.service import describe
-from app.auth.principal import Principal
 from app.checkpoints import repository
 from app.checkpoints.schemas import Checkpoint, Manifest
 from app.http.errors import not_found
 from app.http.pagination import Cursor, Page, page
+from app.principal import Principal
 
 
 def get(session: Session, *, checkpoint_id: str, principal: Principal) -> Checkpoint:

@@ -1,6 +1,6 @@
 """What to expect before there are past runs: measured elsewhere, so the band is as wide as from a GPU to a CPU.
 
-`tests/service/test_costs.py` derives each number anew from the files named here.
+`tests/service/costs/test_costs.py` derives each number anew from the files named here.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from app.auth.principal import Principal
 from app.costs import priors, repository
 from app.costs.arithmetic import Asked, Shape, flop, group_width
 from app.costs.probe import Known, Unfit
@@ -17,6 +16,7 @@ from app.http.errors import Problem
 from app.jobs import service as jobs
 from app.jobs.schemas import JobCreate
 from app.jobs.vocabulary import JobErrorCode, StepName
+from app.principal import Principal
 from app.quotas.service import largest_model
 from app.settings import Settings
 

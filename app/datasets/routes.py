@@ -11,7 +11,6 @@ from app.auth.dependency import DatasetsRead, DatasetsWrite, guarded
 from app.datasets import service
 from app.datasets.schemas import Dataset, DatasetComplete, DatasetCreate
 from app.datasets.uploads import expected_sha256
-from app.deletion import service as deletion
 from app.http.dependencies import Config, Db, PageCursor, Store
 from app.http.errors import Code
 from app.http.pagination import Page
@@ -116,14 +115,3 @@ async def complete(
     return await db.write(
         service.complete, dataset_id=dataset_id, body=body, principal=principal, settings=settings
     )
-
-
-@router.delete(
-    "/{dataset_id}",
-    status_code=204,
-    operation_id="datasets.delete",
-    responses=guarded(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
-)
-async def delete(dataset_id: DatasetId, principal: DatasetsWrite, db: Db) -> None:
-    """Delete a dataset that no open job needs."""
-    await db.write(deletion.delete_dataset, dataset_id=dataset_id, principal=principal)

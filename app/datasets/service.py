@@ -9,17 +9,17 @@ from sqlalchemy.orm import Session
 from starlette.requests import ClientDisconnect
 
 from app.audit.service import record
-from app.auth.principal import Principal
 from app.datasets import repository
 from app.datasets.models import Dataset as Row
 from app.datasets.schemas import SUFFIXES, Dataset, DatasetComplete, DatasetCreate
-from app.deletion.models import Garbage
 from app.http.errors import Code, FieldProblem, Problem, not_found
 from app.http.pagination import Cursor, Page, page
 from app.infra import failpoints
 from app.infra.database import Database, clock
+from app.infra.garbage import Garbage
 from app.infra.ids import new_id
 from app.infra.storage import Storage, StorageError, Stored, WrongDigest
+from app.principal import Principal
 from app.quotas.service import largest_dataset, require_room_for_bytes
 from app.settings import Settings
 

@@ -26,8 +26,8 @@ from app.auth.models import Project
 from app.checkpoints.models import Checkpoint, CheckpointFile
 from app.datasets import repository as datasets
 from app.datasets.models import Dataset
-from app.deletion.models import Garbage
 from app.infra.database import Base, now
+from app.infra.garbage import Garbage
 from app.jobs.models import Job, Layer, Step
 from app.jobs.vocabulary import TERMINAL, StepName
 from app.profiles.models import Profile

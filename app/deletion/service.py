@@ -9,7 +9,6 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from app.audit.service import record
-from app.auth.principal import DEFAULT_PROJECT_ID, Principal
 from app.auth.repository import project_named
 from app.checkpoints.repository import find_checkpoint
 from app.datasets.repository import lock_dataset
@@ -18,6 +17,7 @@ from app.http.errors import Code, Problem, not_found
 from app.jobs.models import Job
 from app.jobs.repository import find_locked_job
 from app.jobs.vocabulary import TERMINAL, JobStatus
+from app.principal import DEFAULT_PROJECT_ID, Principal
 from app.profiles.repository import find_profile
 
 

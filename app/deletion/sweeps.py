@@ -6,12 +6,12 @@ import contextlib
 
 from sqlalchemy.orm import Session
 
-from app.auth.principal import Principal
 from app.datasets import repository as datasets
 from app.deletion import repository, service
 from app.http.errors import Problem
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
+from app.principal import Principal
 from app.settings import Settings
 
 _BATCH = 500

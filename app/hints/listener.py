@@ -45,7 +45,7 @@ class HintListener:
     def stop(self) -> None:
         """Hear nothing any more. `work` must have been told to return."""
         self._ended.set()
-        celery_state().should_terminate = 0  # type: ignore[assignment]
+        celery_state().should_terminate = 0
         self._thread.join(STOP_SECONDS)
         celery_state().should_terminate = None
 

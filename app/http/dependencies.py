@@ -9,12 +9,10 @@ from typing import Annotated
 
 from fastapi import Depends, Query, Request
 
-from app.audit.window import NotedOnce
 from app.hints.dispatch import Dispatcher
 from app.http.pagination import Cursor, Order
 from app.infra.database import Database
 from app.infra.storage import Storage
-from app.jobs.waiting import JobWatch
 from app.settings import Settings
 
 
@@ -38,16 +36,6 @@ async def _dispatcher(request: Request) -> Dispatcher:
     return dispatcher
 
 
-async def _watch(request: Request) -> JobWatch:
-    watch: JobWatch = request.app.state.watch
-    return watch
-
-
-async def _downloads(request: Request) -> NotedOnce:
-    downloads: NotedOnce = request.app.state.downloads
-    return downloads
-
-
 async def _cursor(
     after: Annotated[
         str | None, Query(max_length=40, description="`last_id` of the page before this one.")
@@ -61,7 +49,5 @@ async def _cursor(
 Db = Annotated[Database, Depends(_database)]
 Store = Annotated[Storage, Depends(_storage)]
 Config = Annotated[Settings, Depends(_settings)]
-Downloads = Annotated[NotedOnce, Depends(_downloads)]
 Hints = Annotated[Dispatcher, Depends(_dispatcher)]
-Watch = Annotated[JobWatch, Depends(_watch)]
 PageCursor = Annotated[Cursor, Depends(_cursor)]

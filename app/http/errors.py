@@ -21,8 +21,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from app.auth.keys import redact
-from app.metrics.counted import PROBLEMS
+from app.infra.counted import PROBLEMS
+from app.infra.keys import redact
 
 log = structlog.get_logger(__name__)
 

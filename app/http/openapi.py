@@ -1,13 +1,7 @@
-"""The OpenAPI document: built from the routes, committed as `openapi.json`, checked against it.
-
-python -m app.http.openapi [--check] [FILE]
-"""
+"""The OpenAPI document: built from the routes, with links and the schemas that only problems use."""
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,8 +10,6 @@ from fastapi.openapi.utils import get_openapi
 from app.http.errors import ProblemDetail
 
 API_VERSION = "1.0.0"
-DOCUMENT = Path("openapi.json")
-
 
 # Where an id in a path comes from: (operation, status, place in its answer).
 _SOURCES: dict[str, list[tuple[str, str, str]]] = {
@@ -70,28 +62,3 @@ def describe(api: FastAPI) -> None:
         return api.openapi_schema
 
     api.openapi = build  # type: ignore[method-assign]  # FastAPI's own way to extend the document
-
-
-def render() -> str:
-    from app.main import create_app
-    from app.settings import Settings
-
-    return json.dumps(create_app(Settings()).openapi(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-
-
-def main(arguments: list[str]) -> int:
-    check = "--check" in arguments
-    files = [Path(argument) for argument in arguments if argument != "--check"]
-    path = files[0] if files else DOCUMENT
-    document = render()
-    if not check:
-        path.write_text(document, encoding="utf-8")
-        return 0
-    if not path.is_file() or path.read_text(encoding="utf-8") != document:
-        sys.stderr.write(f"{path} differs from the routes: run `python -m app.http.openapi` and commit it\n")
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -10,10 +10,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from app.auth.principal import Principal
 from app.http.dependencies import Config, Db
 from app.http.errors import Code
 from app.idempotency.service import Answer, once
+from app.principal import Principal
 
 
 class Created(Protocol):

@@ -14,8 +14,8 @@ from typing import Any, TextIO, cast
 import structlog
 from structlog.typing import EventDict, Processor
 
-from app.auth.keys import redact
 from app.infra import tracing
+from app.infra.keys import redact
 
 
 def _without_keys(_logger: object, _method: str, line: Any) -> str:

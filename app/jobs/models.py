@@ -1,11 +1,21 @@
-"""Tables of jobs, of their steps and of committed layers."""
+"""Tables of jobs, of their steps, of committed layers and of events."""
 
 from __future__ import annotations
 
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, Integer, String, UniqueConstraint, text
+from sqlalchemy import (
+    Boolean,
+    CheckConstraint,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    UniqueConstraint,
+    false,
+    text,
+)
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.infra.database import Base, Id, Json, UtcDateTime, now
@@ -63,6 +73,8 @@ class Job(Base):
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     cancel_requested_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    by_owner: Mapped[bool] = mapped_column(Boolean, default=False, server_default=false())
+    """Asked for by the owner of a loopback server, who may name any folder that the server can read."""
     max_runtime_minutes: Mapped[int | None] = mapped_column(Integer)
     deadline_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     """When the job's time is up. Set by its first step; a retry sets it anew."""
@@ -134,3 +146,20 @@ class Layer(Base):
     attempt: Mapped[int] = mapped_column(Integer)
     metrics: Mapped[dict[str, Any]] = mapped_column(Json)
     committed_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())
+
+
+class Event(Base):
+    """One line of a job's history.
+
+    `seq` counts per job and comes from the job's own row in the same transaction. A table-wide sequence would
+    not do: Postgres commits out of order, so a reader that asks for greater numbers than the last it saw
+    skips rows.
+    """
+
+    __tablename__ = "event"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("job.id"), primary_key=True)
+    seq: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    type: Mapped[str] = mapped_column(String(64))
+    data: Mapped[dict[str, Any]] = mapped_column(Json)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, default=now())

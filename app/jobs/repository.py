@@ -1,4 +1,4 @@
-"""Statements over jobs, steps and layers."""
+"""Statements over jobs, steps, layers and events."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from app.auth.models import Project
 from app.auth.repository import lock_project
 from app.http.pagination import Cursor, cut
 from app.infra.database import clock, now
-from app.jobs.models import Job, Layer, Step
+from app.jobs.models import Event, Job, Layer, Step
 from app.jobs.vocabulary import JobStatus, StepStatus
 
 # What every poll of a client asks: made once, since that costs as much as running it.
@@ -342,3 +342,10 @@ def committed_layers(session: Session, job_id: str) -> list[Layer]:
 
 def count_layers(session: Session, job_id: str) -> int:
     return session.execute(select(func.count()).where(Layer.job_id == job_id)).scalar_one()
+
+
+def events_after(session: Session, job_id: str, *, after: int, limit: int) -> list[Event]:
+    statement = (
+        select(Event).where(Event.job_id == job_id, Event.seq > after).order_by(Event.seq).limit(limit)
+    )
+    return list(session.execute(statement).scalars())

@@ -5,26 +5,24 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from app.auth.dependency import JobsRead, JobsWrite, guarded
-from app.deletion import service as deletion
-from app.http.dependencies import Config, Db, Hints, PageCursor, Watch
+from app.http.dependencies import Config, Db, Hints, PageCursor
 from app.http.errors import Code
 from app.http.etags import matches
 from app.http.pagination import Page
 from app.http.routing import BoundedRoute
 from app.idempotency.dependency import CREATION_CODES, Once
 from app.infra import failpoints
-from app.infra.ids import id_pattern
 from app.jobs import service
+from app.jobs.dependencies import JobId, Watch
 from app.jobs.schemas import Job, JobCreate, LayerList
 from app.jobs.vocabulary import JobStatus
 from app.jobs.waiting import wait_for_change
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], route_class=BoundedRoute)
-JobId = Annotated[str, Path(pattern=id_pattern("job"))]
 
 RETRY_AFTER_SECONDS = 2
 _VERSION_TAG = re.compile(r'(?:W/)?"v(\d{1,9})"', re.ASCII)
@@ -180,14 +178,3 @@ async def retry(job_id: JobId, principal: JobsWrite, db: Db, settings: Config, h
 async def layers(job_id: JobId, principal: JobsRead, db: Db) -> LayerList:
     """Layers that are fitted and safe."""
     return await db.read(service.layers, job_id=job_id, principal=principal)
-
-
-@router.delete(
-    "/{job_id}",
-    status_code=204,
-    operation_id="jobs.delete",
-    responses=guarded(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
-)
-async def delete(job_id: JobId, principal: JobsWrite, db: Db) -> None:
-    """Delete a job that has ended, with its events, layers, profile, checkpoint and files."""
-    await db.write(deletion.delete_job, job_id=job_id, principal=principal)

@@ -313,6 +313,27 @@ class LayerList(Resource):
     data: list[Layer]
 
 
+class Event(Resource):
+    """One line of a job's history; `seq` has no gaps."""
+
+    object: Literal["event"] = "event"
+    seq: int
+    type: str = Field(
+        examples=["layer.committed"], description="An open vocabulary: ignore types you do not know."
+    )
+    data: dict[str, Any]
+    created_at: datetime
+
+
+class EventPage(Resource):
+    """Events in order. Ask for the next page with `after=last_seq` while `has_more`."""
+
+    object: Literal["list"] = "list"
+    data: list[Event]
+    last_seq: int
+    has_more: bool
+
+
 def _progress(value: dict[str, Any] | None) -> JobProgress | None:
     if value is None:
         return None

@@ -11,20 +11,21 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.repository import by_ids
 from app.audit.service import record as audit
-from app.auth.principal import Principal
 from app.datasets.service import require_ready
 from app.http.errors import Code, FieldProblem, Problem, not_found
 from app.http.pagination import Cursor, Page, page
 from app.infra import tracing
 from app.infra.database import after_commit
 from app.infra.ids import new_id
-from app.jobs import repository
+from app.jobs import model_folders, repository
 from app.jobs.lease import stop_others
+from app.jobs.model_folders import FolderRefused
 from app.jobs.models import Job as Row
 from app.jobs.schemas import Job, JobCreate, Layer, LayerList
 from app.jobs.states import record, transition
 from app.jobs.unfold import add_first_steps, first_step, reopen
 from app.jobs.vocabulary import JobKind, JobStatus
+from app.principal import Principal
 from app.profiles.repository import share_profile
 from app.quotas.service import require_room_for_job
 from app.settings import Settings
@@ -72,7 +73,7 @@ def _checks(
     session: Session, body: JobCreate, principal: Principal, settings: Settings
 ) -> list[Callable[[], object]]:
     checks: list[Callable[[], object]] = [
-        partial(_check_model, body.model.id, allow_local_models=settings.allow_local_models),
+        partial(check_model, body.model.id, body.form, principal, settings),
         partial(_check_gpu_class, body.gpu_class, settings.gpu_classes),
     ]
     ids = [text.id for text in body.dataset.texts if text.id is not None]
@@ -94,6 +95,7 @@ def create_from_profile(
     origin = repository.find_job(session, origin_id, project_id=principal.project_id)
     if origin is None:
         raise not_found("job")
+    check_model(origin.model_id, spec["form"], principal, settings)
     return _queue(
         session,
         principal=principal,
@@ -219,6 +221,7 @@ def _queue(
         event_seq=0,
         priority=priority,
         gpu_class=gpu_class,
+        by_owner=principal.owner,
         max_runtime_minutes=max_runtime_minutes or settings.max_runtime_minutes,
         model_id=model_id,
         dataset_id=dataset_id,
@@ -276,15 +279,16 @@ def _check_gpu_class(gpu_class: str, known: Sequence[str]) -> None:
         raise Problem(Code.INVALID_REQUEST, "The server has no such GPU class.", errors=[field])
 
 
-def _check_model(model_id: str, *, allow_local_models: bool) -> None:
+def check_model(model_id: str, form: str, principal: Principal, settings: Settings) -> None:
+    """Refuse what names no model, and folders that are not the principal's to name."""
     if is_hub_id(model_id):
         return
-    if not model_id.startswith("/"):
+    if not model_folders.is_folder(model_id):
         field = FieldProblem(
             pointer="/model/id", code="model_id", message="is neither a hub id nor an absolute folder"
         )
         raise Problem(Code.INVALID_REQUEST, "The model id cannot be used.", errors=[field])
-    if not allow_local_models:
-        raise Problem(
-            Code.LOCAL_MODELS_DISABLED, "This server takes models of the hub only, not local folders."
-        )
+    try:
+        model_folders.require(model_id, form=form, by_owner=principal.owner, roots=settings.model_roots)
+    except FolderRefused as refused:
+        raise Problem(Code.LOCAL_MODELS_DISABLED, str(refused)) from refused

@@ -13,15 +13,28 @@ from typing import Any
 import structlog
 from sqlalchemy.orm import Session
 
-from app.events.models import Event
 from app.infra import failpoints
+from app.infra.counted import JOBS
 from app.infra.database import after_commit, clock
-from app.jobs.models import Job, Step
-from app.jobs.vocabulary import ENDED_STEPS, JOB_EDGES, STEP_EDGES, TERMINAL, JobStatus, StepStatus
-from app.metrics.counted import JOBS
+from app.jobs.models import Event, Job, Step
+from app.jobs.vocabulary import (
+    ENDED_STEPS,
+    JOB_EDGES,
+    STEP_EDGES,
+    TERMINAL,
+    JobErrorCode,
+    JobStatus,
+    StepStatus,
+)
 from app.webhooks.outbox import enqueue
 
 log = structlog.get_logger(__name__)
+
+# From zero, so that the first one shows as a rise.
+for _status in (JobStatus.SUCCEEDED, JobStatus.CANCELLED):
+    JOBS.labels(_status, "")
+for _code in JobErrorCode:
+    JOBS.labels(JobStatus.FAILED, _code)
 
 
 class IllegalTransition(Exception):

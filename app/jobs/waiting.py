@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from app.auth.principal import Principal
 from app.infra.database import Database
 from app.jobs import repository, service
 from app.jobs.repository import Moment
 from app.jobs.schemas import Job
 from app.jobs.vocabulary import TERMINAL
+from app.principal import Principal
 
 _IDS_IN_A_QUERY = 500
 

@@ -15,7 +15,7 @@ import structlog
 from prometheus_client import CollectorRegistry, make_wsgi_app, start_http_server
 
 from app.auth.exposure import is_loopback
-from app.metrics.counted import REGISTRY
+from app.infra.counted import REGISTRY
 from app.metrics.stored import StoredMetrics
 from app.settings import Settings
 

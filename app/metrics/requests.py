@@ -9,7 +9,7 @@ import structlog
 from starlette.datastructures import QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.metrics.counted import HTTP_REQUEST_SECONDS
+from app.infra.counted import HTTP_REQUEST_SECONDS
 
 _METHODS = {"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"}
 _PROBES = {"/livez", "/readyz"}

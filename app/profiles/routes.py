@@ -9,8 +9,7 @@ from fastapi import APIRouter, Header, Path, Response
 from fastapi.responses import JSONResponse
 
 from app.artifacts.content import Conditions, content
-from app.auth.dependency import CheckpointsWrite, JobsWrite, ProfilesRead, guarded
-from app.deletion import service as deletion
+from app.auth.dependency import CheckpointsWrite, ProfilesRead, guarded
 from app.http.accept import prefers
 from app.http.dependencies import Config, Db, Hints, PageCursor, Store
 from app.http.errors import Code
@@ -70,7 +69,13 @@ async def get(
     status_code=202,
     response_model=Job,
     operation_id="profiles.create_checkpoint",
-    responses=guarded(*CREATION_CODES, Code.NOT_FOUND, Code.QUOTA_EXCEEDED, Code.QUEUE_FULL),
+    responses=guarded(
+        *CREATION_CODES,
+        Code.NOT_FOUND,
+        Code.LOCAL_MODELS_DISABLED,
+        Code.QUOTA_EXCEEDED,
+        Code.QUEUE_FULL,
+    ),
 )
 async def create_checkpoint(
     profile_id: ProfileId,
@@ -92,14 +97,3 @@ async def create_checkpoint(
     )
     hints.hint(json.loads(bytes(response.body)).get("gpu_class", DEFAULT_GPU_CLASS))
     return response
-
-
-@router.delete(
-    "/{profile_id}",
-    status_code=204,
-    operation_id="profiles.delete",
-    responses=guarded(Code.FOREIGN_ORIGIN, Code.NOT_FOUND, Code.CONFLICT),
-)
-async def delete(profile_id: ProfileId, principal: JobsWrite, db: Db) -> None:
-    """Delete a profile and its files. Checkpoints that were made from it stay."""
-    await db.write(deletion.delete_profile, profile_id=profile_id, principal=principal)

@@ -10,12 +10,12 @@ from app.artifacts.repository import by_ids
 from app.artifacts.schemas import Artifact
 from app.artifacts.service import describe
 from app.audit.service import record
-from app.auth.principal import Principal
 from app.http.errors import not_found
 from app.http.pagination import Cursor, Page, page
 from app.jobs.repository import jobs_by_ids
 from app.jobs.schemas import CompressSpec, Job
 from app.jobs.service import create_from_profile
+from app.principal import Principal
 from app.profiles import repository
 from app.profiles.models import Profile as Row
 from app.profiles.schemas import CheckpointCreate, Profile, ProfileFiles

@@ -17,11 +17,11 @@ from sqlalchemy.orm import Session
 from standardwebhooks import Webhook
 
 from app.audit.service import record as audit
-from app.auth.principal import Principal
+from app.infra.counted import WEBHOOK_ATTEMPTS
 from app.infra.database import after_commit, clock, now
 from app.infra.outbound import Outbound, Unreachable, UrlRefused
 from app.infra.sealing import CannotOpen, Sealer
-from app.metrics.counted import WEBHOOK_ATTEMPTS
+from app.principal import Principal
 from app.webhooks import repository
 from app.webhooks.service import DISABLED, disable
 

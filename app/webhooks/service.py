@@ -8,7 +8,6 @@ import secrets
 from sqlalchemy.orm import Session
 
 from app.audit.service import record as audit
-from app.auth.principal import Principal
 from app.auth.repository import lock_project
 from app.http.errors import Code, FieldProblem, Problem, not_found
 from app.http.pagination import Cursor, Page, page
@@ -16,6 +15,7 @@ from app.infra.database import clock, now
 from app.infra.ids import new_id
 from app.infra.outbound import Outbound, UrlRefused
 from app.infra.sealing import Sealer
+from app.principal import Principal
 from app.webhooks import repository
 from app.webhooks.models import WebhookDelivery as DeliveryRow
 from app.webhooks.models import WebhookEndpoint as Row

@@ -8,7 +8,8 @@ Columns are ordered: the first ``r`` columns are the basis of rank ``r``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -127,7 +128,7 @@ def orthonormal(encoder: Tensor, kv_heads: int, head_dim: int) -> Basis:
 
 
 class LayerBases(Protocol):
-    """What the seam reads of a layer's bases. ``None`` leaves the keys, or the values, as they are."""
+    """What the seam reads of a layer's bases. `None` leaves the keys, or the values, as they are."""
 
     @property
     def key(self) -> Basis | None: ...
@@ -136,23 +137,36 @@ class LayerBases(Protocol):
     def value(self) -> Basis | None: ...
 
     @property
-    def store_dtype(self) -> torch.dtype | None:
-        """Dtype of stored latents; None stores the model's own."""
+    def codecs(self) -> tuple[str, str]:
+        """The names of the codecs by which latents of keys and of values are stored."""
+
+    @property
+    def identity(self) -> str:
+        """What a cache knows the bases by that it was filled with: equal for bases of one checkpoint, in every process."""
+
+
+NATIVE = ("native", "native")
+
+
+def _own_identity() -> str:
+    return uuid.uuid4().hex
 
 
 @dataclass(frozen=True)
 class Bases:
-    """The bases of a layer, keys and values both."""
+    """The bases of a layer, keys and values both. Without a checkpoint, each has an identity of its own."""
 
     key: Basis
     value: Basis
-    store_dtype: torch.dtype | None = None
+    codecs: tuple[str, str] = NATIVE
+    identity: str = field(default_factory=_own_identity, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class PartialBases:
-    """One side of a layer or none, while fitting; what is None stays as it is."""
+    """One side of a layer or none, while fitting; what is None stays as it is. No cache is filled by them."""
 
     key: Basis | None
     value: Basis | None
-    store_dtype: torch.dtype | None = None
+    codecs: tuple[str, str] = NATIVE
+    identity: str = field(default_factory=_own_identity, compare=False, repr=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orthokv.bases.basis import Bases, Basis
 from orthokv.bases.manifold import orthonormality_error
-from orthokv.files.digests import verify_files
+from orthokv.files.digests import read_sums, verify_files
 from orthokv.files.reading import read_json, read_safetensors
 from orthokv.spec.codec import CodecSpec, codec_spec
 from orthokv.spec.errors import InvalidCheckpoint, InvalidSetting
@@ -117,8 +117,10 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         raise InvalidCheckpoint(
             f"{CONFIG} has ranks for {len(ranks)} layers, its model has {geometry.layers}"
         )
+    # Of the tensors alone: measurements are written into the configuration later.
+    digest = read_sums(folder)[TENSORS]
     bases = tuple(
-        _read_layer(tensors, i, pair, found, geometry)
+        replace(_read_layer(tensors, i, pair, found, geometry), codecs=(codec, codec), identity=digest)
         for i, (pair, found) in enumerate(zip(ranks, sharings, strict=True))
     )
     return Checkpoint(folder, config, geometry, key_mode, sharing, codec, bases)

@@ -35,11 +35,11 @@ from orthokv.cli.options import (
 from orthokv.cli.output import err_console, out_console, print_json, print_quality, reporter
 from orthokv.files.folders import refuse_taken
 from orthokv.spec.budget import Budget
+from orthokv.spec.check import check
 from orthokv.spec.codec import DEFAULT_CODEC
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.methods import METHODS
 from orthokv.spec.settings import FitSettings
-from orthokv.spec.sharing import sharings_of
 from orthokv.spec.target import Target
 from orthokv.spec.vocabulary import ALLOCATIONS, SHARINGS, Allocation
 
@@ -207,7 +207,8 @@ def compare(
         epochs=epochs,
     )
     for choice in choices:
-        sharings_of(choice.settings(settings).sharing, geometry)
+        for share in shares:
+            check(geometry, choice.settings(settings), Target(Budget("kept", share)))
     loaded = load(source, device, streaming=streaming)  # type: ignore[arg-type]
     with reporter() as report:
         blocks = prepare_blocks(source, text_of(dataset, field), settings, loaded, report)

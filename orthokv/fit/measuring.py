@@ -29,7 +29,7 @@ def measure_layer(
     error, cosine = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
     device = task.walk.device
     key, value = fitted.key.to(device), fitted.value.to(device)
-    several = spread_blocks(task.blocks, samples)
+    several = spread_blocks(task.fitted_count, samples)
     blocks = [several[i] for i in evenly(len(several), samples)]
     for i, rank_key in enumerate(ranks_key):
         for j, rank_value in enumerate(ranks_value):
@@ -59,7 +59,9 @@ def spread_blocks(count: int, samples: int) -> list[int]:
 
 
 def _spread(task: LayerTask, key: Basis, value: Basis, fitting: list[int]) -> Spread | None:
-    held_out = [task.blocks + i for i in evenly(len(task.walk.inputs) - task.blocks, SPREAD_BLOCKS)]
+    held_out = [
+        task.fitted_count + i for i in evenly(len(task.walk.inputs) - task.fitted_count, SPREAD_BLOCKS)
+    ]
     if not held_out:
         return None
     ranks = (max(1, round(SPREAD_SHARE * key.width)), max(1, round(SPREAD_SHARE * value.width)))

@@ -246,6 +246,7 @@ def refine(
         turns = student.turns
         best = [turn.clone() for turn in turns]
         for step in range(settings.steps + 1):
+            # The first step at or after each CHECKS-th of the way: there `step * CHECKS / steps` has passed a whole number.
             if step * CHECKS % settings.steps < CHECKS or step == settings.steps:
                 scores.append(_score(teacher, student, watched, judged))
                 if not math.isfinite(scores[-1]):
@@ -260,6 +261,7 @@ def refine(
             if step == settings.steps:
                 break
             order = order or torch.randperm(len(calibration), generator=generator).tolist()
+            # Multiples of the golden ratio fall evenly into [0, 1) however many there are: no budget is long without a turn.
             ranks = plans[int((step + 1) * _GOLDEN % 1.0 * len(plans))]
             number = order.pop()
             block = calibration[number]

@@ -28,13 +28,13 @@ class Comparison:
 class LayerTask:
     """One layer that has run on the blocks of a walk: what a basis costs there.
 
-    The first ``blocks`` of them are for fitting and for the error surface; those behind are held out.
+    The first `fitted_count` blocks are for fitting and for the error surface; those behind are held out.
     """
 
     index: int
     walk: LayerWalk
     seam: Seam
-    blocks: int
+    fitted_count: int
 
     @property
     def geometry(self) -> Geometry:
@@ -67,7 +67,7 @@ class LayerTask:
         # Bases are kept in float32 and used in the model's dtype; gradients come back through the cast.
         dtype = self.walk.inputs.dtype
         key, value = (None if basis is None else basis.to(dtype=dtype) for basis in (bases.key, bases.value))
-        self.seam.set_bases(self.index, PartialBases(key, value, bases.store_dtype))
+        self.seam.set_bases(self.index, PartialBases(key, value, bases.codecs))
         try:
             return self.walk.forward(self.index, self.walk.inputs[blocks], blocks).float()
         finally:

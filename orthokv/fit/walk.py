@@ -24,7 +24,7 @@ class _Stop(Exception):
     """Ends a forward once what was to be seen of it is known."""
 
 
-def _sharing(arguments: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+def _with_shared_tensors(arguments: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """``arguments`` with the tensors of ``known`` where they are equal: a mask, the largest, is so at every start."""
 
     def shared(value: Any, other: Any) -> Any:
@@ -82,7 +82,9 @@ class LayerWalk:
         for start in sorted(set(self.starts)):
             found = self._layer_arguments(tokens[:1], start)
             known = next(iter(self._arguments.values()), found)
-            self._arguments[start] = [_sharing(own, other) for own, other in zip(found, known, strict=True)]
+            self._arguments[start] = [
+                _with_shared_tensors(own, other) for own, other in zip(found, known, strict=True)
+            ]
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -99,6 +101,7 @@ class LayerWalk:
         starts = [self.starts[block] for block in blocks]
         if len(set(starts)) == 1:
             return run(states, starts[0])
+        # Rows of one start together, then back into the order they came in: `argsort` of an order is its inverse.
         rows = [[i for i, own in enumerate(starts) if own == start] for start in sorted(set(starts))]
         together = torch.cat([run(states[part], starts[part[0]]) for part in rows])
         order = torch.tensor([i for part in rows for i in part]).argsort()

@@ -1,7 +1,7 @@
 """The registry: which model types of ``transformers`` are supported, and where each keeps what the library needs.
 
 A wrong guess about where rotary embedding, scaling or the output projection sits changes logits silently, so nothing is
-guessed: a model type has an entry in :data:`ARCHITECTURES`, proven by every test of ``tests/test_invariants.py``, or is
+guessed: a model type has an entry in :data:`ARCHITECTURES`, proven by every test of ``tests/library/test_invariants.py``, or is
 refused with the reason.
 """
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from orthokv.models.mpt import mpt_attention
+from orthokv.models.rotary import PLAIN, Rotation
 from orthokv.spec.errors import UnsupportedModel
 
 
@@ -37,7 +38,7 @@ class Architecture:
             before and after RoPE are the same.
         rotates: whether a layer uses the tables; some models have layers without any position.
         tables_by_layer_type: the rotary module makes other tables for each of ``config.layer_types``.
-        half_tables: a table holds each angle once; elsewhere it holds both halves of a head.
+        rotation: how its rotary embedding is written.
         grouped_heads: several query heads may share a KV head; elsewhere the configuration's word on it means nothing.
         cache_argument: what the attention module calls its cache.
         max_positions: what the configuration calls the longest context.
@@ -53,7 +54,7 @@ class Architecture:
     rotary: str | None = "model.rotary_emb"
     rotates: Callable[[Any, int], bool] = _every_layer
     tables_by_layer_type: bool = False
-    half_tables: bool = False
+    rotation: Rotation = PLAIN
     grouped_heads: bool = True
     cache_argument: str = "past_key_values"
     max_positions: str = "max_position_embeddings"
@@ -109,9 +110,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         forward=mpt_attention,
     ),
     "olmo2": Architecture("OLMo-2", "q and k norms over all heads together"),
-    "cohere": Architecture("Cohere Command-R", "interleaved rotary embedding, q and k norms"),
+    "cohere": Architecture(
+        "Cohere Command-R",
+        "interleaved rotary embedding, q and k norms",
+        rotation=Rotation(interleaved=True, layout="pairs", in_float32=True),
+    ),
     "granite": Architecture("Granite 3", "scores with a multiplier of their own"),
-    "glm4": Architecture("GLM-4-0414", "interleaved and partial rotary embedding, biases"),
+    "glm4": Architecture(
+        "GLM-4-0414",
+        "interleaved and partial rotary embedding, biases",
+        rotation=Rotation(interleaved=True),
+    ),
     "smollm3": Architecture(
         "SmolLM3",
         "layers without rotary embedding",
@@ -120,7 +129,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": Architecture("StableLM", "partial rotary embedding, q and k norms for each head"),
     "starcoder2": Architecture("StarCoder2", "sliding window, biases"),
     "gpt_oss": Architecture(
-        "gpt-oss", "attention sinks, sliding windows, mixture of experts", half_tables=True
+        "gpt-oss", "attention sinks, sliding windows, mixture of experts", rotation=Rotation(layout="once")
     ),
 }
 ARCHITECTURES["cohere2"] = replace(

@@ -1,4 +1,4 @@
-"""A model's geometry, read from its configuration, and where its layers are."""
+"""A model's geometry, read from its configuration, where its layers are, and how each of them turns its keys."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from orthokv.models.architectures import architecture_of
+from orthokv.models.rotary import Rotary
 from orthokv.spec.errors import UnsupportedModel
 from orthokv.spec.geometry import Geometry
 
@@ -66,3 +67,18 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The self-attention module of every decoder layer, in order."""
     name = architecture_of(model.config).attention
     return [layer.get_submodule(name) for layer in decoder_layers(model)]
+
+
+def layer_rotaries(model: PreTrainedModel, geometry: Geometry) -> list[Rotary | None]:
+    """One for each layer; None where a layer uses no rotary embedding."""
+    architecture = architecture_of(model.config)
+    if architecture.rotary is None:
+        return [None] * geometry.layers
+    module = model.get_submodule(architecture.rotary)
+    types = model.config.layer_types if architecture.tables_by_layer_type else None
+    return [
+        Rotary(architecture.rotation, module, () if types is None else (types[layer],))
+        if geometry.uses_rope(layer)
+        else None
+        for layer in range(geometry.layers)
+    ]

@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Registered by orthokv.runtime.seam. The model cannot be told to use it, as others are: its configuration stays as it is.
-SEAM = "orthokv_eager"
+from orthokv.spec.names import ATTENTION_PREFIX
+
+# The model cannot be told to use it, as others are: its configuration stays as it is.
+SEAM = f"{ATTENTION_PREFIX}eager"
 
 
 def mpt_attention(
@@ -23,7 +25,7 @@ def mpt_attention(
     position_bias: Tensor,
     past_key_values: Cache | None = None,
     attention_mask: Tensor | None = None,
-    **_: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """``MptAttention.forward``: ``hidden_states`` ``[B, T, hidden]``, ``position_bias`` ``[heads, 1, longest context]``.
 
@@ -52,5 +54,6 @@ def mpt_attention(
         bias,
         scaling=self.softmax_scale,
         dropout=self.attn_dropout_p if self.training else 0.0,
+        **kwargs,
     )
     return self.out_proj(output.reshape(batch, tokens, -1)), weights

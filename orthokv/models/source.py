@@ -92,12 +92,14 @@ def resolve_model(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     max_weight_bytes: int | None = None,
+    folders: bool = True,
 ) -> ModelSource:
     """Find ``model`` (a folder, else a hub id), check it and pin it; weights of a hub model are downloaded.
 
     With ``HF_HUB_OFFLINE=1``, or while the hub is down, the cached copy of the revision is used; the answer
     says which commit that was. ``cache_dir`` None is the hub client's own cache. Weights of more than ``max_weight_bytes``
-    are refused before one of them is downloaded or read.
+    are refused before one of them is downloaded or read. Without ``folders`` it is a hub id, even where a folder of the
+    same name lies.
 
     Raises:
         ModelNotFound, ModelGated: there is no such folder, model or revision, or no way to it.
@@ -107,14 +109,14 @@ def resolve_model(
         InvalidSetting: a revision of a local folder.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if folders and path.is_dir():
         if revision is not None:
             raise InvalidSetting(f"revision {revision!r} cannot be chosen for {model}: it is a local folder")
         folder = path.resolve()
         files = _select(model, folder, _local_names(model, folder))
         _refuse_large(model, {name: (folder / name).stat().st_size for name in files}, max_weight_bytes)
         return ModelSource(model, None, folder, _verify(model, folder, files), files)
-    if path.exists():
+    if folders and path.exists():
         raise ModelNotFound(f"{model} is a file, not the folder of a model")
     if not is_hub_id(model):
         raise ModelNotFound(f"the model folder {model} does not exist")

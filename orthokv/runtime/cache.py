@@ -1,173 +1,219 @@
-"""Cache layers that store latents and nothing else.
+"""Cache layers that hold latents and nothing else.
 
-:class:`LatentLayer` is mixed in front of a stock cache layer of ``transformers``: it encodes keys and values and hands the
-stock class tensors that are merely narrower. The empty layer of whatever cache is passed in is exchanged at its first use,
-so ``DynamicCache()``, beams, assisted decoding and static caches work unchanged.
-
-Keys cached before RoPE need their positions again. They are kept once per kind of layer and cache (int32, 4 bytes a token
-and sequence), not once per layer.
+The empty layer of whatever cache is passed in is exchanged for a `LatentLayer` at its first use, so `DynamicCache()`, beams,
+assisted decoding and static caches work unchanged. A latent layer holds four things: a stock layer, which keeps rows where
+it would have kept heads; the codecs that pack them; the policy that says which tokens stay; and, for keys cached before
+RoPE, the book of their positions. Bases are brought by each call.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin
 
+from orthokv.bases.basis import Basis, LayerBases
+from orthokv.runtime.attend import Held
+from orthokv.runtime.blocks import BlockLayer, block_of, refuse_cut
+from orthokv.runtime.call import Call
+from orthokv.runtime.codecs import Codec, codec_of
+from orthokv.runtime.policy import Policy
+from orthokv.runtime.positions import PositionBook, book_of, books_of
 from orthokv.spec.errors import InvalidSetting
 
-if TYPE_CHECKING:
-    from orthokv.bases.basis import LayerBases
 
-    _StockLayer = DynamicLayer
-else:
-    # The mixin itself has no stock base: which class is behind it depends on the cache that is adopted.
-    _StockLayer = object
+class LatentLayer(CacheLayerMixin):
+    """One layer of a cache, holding latents.
 
-
-class PositionBook:
-    """Positions of all cached tokens, shared by the layers of one cache that keep the same tokens.
-
-    They are kept in a stock layer of the same kind, one number a token where keys have a head, so that windows, crops, beams
-    and fixed buffers treat both alike. Only the ``owner`` (the first such layer) writes; the others read what it wrote in
-    the same forward.
+    Attributes:
+        identity: of the bases that it was filled with.
+        widths: groups and rank of keys and of values.
+        codecs: likewise.
+        stock: holds their rows; a `BlockLayer` where a row is more than a token.
+        book: the positions of its tokens; None where keys need none.
     """
 
-    def __init__(self, owner: int, layer: _StockLayer) -> None:
-        self.owner = owner
-        self.layer = layer
-        self.visible: Tensor | None = None  # int32 [B, tokens attended to in this forward]
-
-    def push(self, new: Tensor, batch: int) -> None:
-        """Append ``new`` ``[1 or B, T]``."""
-        new = new.to(torch.int32).expand(batch, -1)[:, None, :, None]
-        self.visible = self.layer.update(new, new[..., :0])[0][:, 0, :, 0]
-
-
-class _BasesRef:
-    """Holds a layer's bases so that a deep copy of a cache (prefix reuse) shares them instead of copying weights."""
-
-    def __init__(self, bases: LayerBases) -> None:
-        self.bases = bases
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _BasesRef:
-        return self
-
-
-class LatentLayer(_StockLayer):
-    """Put in front of a stock cache layer class, which then never sees the full head dimension."""
-
-    _ref: _BasesRef
-    _index: int
-    book: PositionBook | None
-    pending_positions: Tensor | None
-    # Set by the seam before each update: a model without the seam must not take latents for keys.
-    expected: bool
+    def __init__(self, index: int, bases: LayerBases, policy: Policy, dtype: torch.dtype) -> None:
+        # Not the base class's own: it sets keys and values, which are the stock layer's.
+        self.index = index
+        self.identity = bases.identity
+        self.widths = tuple((basis.groups, basis.rank) for basis in both_sides(bases))
+        key, value = bases.codecs
+        self.codecs: tuple[Codec, Codec] = (codec_of(key, dtype), codec_of(value, dtype))
+        self.policy = policy
+        self.block = block_of(*self.codecs)
+        if policy != Policy():
+            refuse_cut(self.block, "a cache with a window or of a fixed length")
+        self.stock: Any = (
+            policy.layer() if self.block == 1 else BlockLayer(*self.codecs, codec_of("16-bit", dtype))
+        )
+        self.book: PositionBook | None = None
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,
+        call: Call | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        if not self.expected:
-            raise InvalidSetting("this cache holds latents, but the model that uses it has no bases attached")
-        self.expected = False
-        dtype = self._ref.bases.store_dtype or key_states.dtype
-        return self.store(key_states, value_states, dtype, *args, **kwargs)
+        """Hold `[B, kv_heads, T, head_dim]` as latents and note on the call what is held now.
 
-    def store(
-        self, key_states: Tensor, value_states: Tensor, dtype: torch.dtype, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Encode ``[B, kv_heads, T, head_dim]`` and keep the latents in ``dtype``; returns all latents attended to."""
-        bases = self._ref.bases
-        assert bases.key is not None
-        assert bases.value is not None
-        if (book := self._own_book) is not None:
-            assert self.pending_positions is not None
-            book.push(self.pending_positions, key_states.shape[0])
-        self.pending_positions = None
-        return super().update(
-            bases.key.encode(key_states).to(dtype),
-            bases.value.encode(value_states).to(dtype),
-            *args,
-            **kwargs,
+        Raises:
+            InvalidSetting: nothing was handed over by a call: the model has no bases.
+        """
+        if call is None:
+            raise InvalidSetting("this cache holds latents, but the model that uses it has no bases attached")
+        key, value = both_sides(call.bases)
+        if self.book is not None:
+            if self.book.owner == self.index:
+                assert call.positions is not None
+                self.book.push(call.positions, key_states.shape[0])
+            call.held_positions = self.book.visible
+        call.keys, call.values = self._hold(key, value, key.encode(key_states), value.encode(value_states))
+        # The attention function takes what the call holds. What the module hands on to it stands for as many tokens, with
+        # nothing in it: whoever took it for keys would not go far.
+        stand_in = key_states.new_empty((*key_states.shape[:2], call.keys.tokens, 0))
+        return stand_in, stand_in
+
+    def _hold(self, key: Basis, value: Basis, new_key: Tensor, new_value: Tensor) -> tuple[Held, Held]:
+        if self.block == 1:
+            packed = (self.codecs[0].pack(new_key), self.codecs[1].pack(new_value))
+            rows, waiting = self.stock.update(*packed), (None, None)
+        else:
+            waiting = self.stock.update(new_key, new_value)
+            rows = self.stock.packed or (None, None)
+        return (
+            Held(key, self.codecs[0], rows[0], waiting[0]),
+            Held(value, self.codecs[1], rows[1], waiting[1]),
         )
 
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for a batch of such keys and values ahead of time."""
+        empty = (
+            like.new_empty(like.shape[0], groups, 0, rank)
+            for like, (groups, rank) in zip((key_states, value_states), self.widths, strict=True)
+        )
+        if self.block == 1:
+            empty = (codec.pack(z) for codec, z in zip(self.codecs, empty, strict=True))
+        self.stock.lazy_initialization(*empty)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is held between two steps, but for positions."""
+        held = (self.keys, self.values, *(getattr(self.stock, "packed", None) or ()))
+        return (tensor for tensor in held if tensor is not None)
+
+    # What `transformers` reads is the stock layer's.
+
     @property
-    def _own_book(self) -> PositionBook | None:
-        return self.book if self.book is not None and self.book.owner == self._index else None
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return cast("Tensor | None", self.stock.keys)
 
-    def positions(self) -> Tensor:
-        """Positions ``[B, S]`` of every attended token, int32."""
-        assert self.book is not None
-        assert self.book.visible is not None
-        return self.book.visible
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return cast("Tensor | None", self.stock.values)
 
-    def reset(self) -> None:
-        super().reset()
-        if (book := self._own_book) is not None:
-            book.layer.reset()
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return bool(self.stock.is_initialized)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-        if (book := self._own_book) is not None:
-            book.layer.crop(tokens_to_remove)
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return bool(self.stock.is_compileable)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(cast(torch.LongTensor, beam_idx))
-        if (book := self._own_book) is not None:
-            book.layer.reorder_cache(cast(torch.LongTensor, beam_idx))
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return bool(self.stock.is_croppable) and self.block == 1
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        if (book := self._own_book) is not None:
-            book.layer.batch_repeat_interleave(repeats)
+    @property
+    def is_sliding(self) -> bool:
+        return bool(self.stock.is_sliding)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        if (book := self._own_book) is not None:
-            book.layer.batch_select_indices(indices)
+    @property
+    def record_past(self) -> bool:
+        return bool(self.stock.record_past)
 
+    @record_past.setter
+    def record_past(self, recording: bool) -> None:
+        for layer in self._layers():
+            layer.record_past = recording
 
-class LatentDynamicLayer(LatentLayer, DynamicLayer):
-    """Grows with every token."""
+    def __getattr__(self, name: str) -> Any:
+        # Reached for what is defined neither here nor above: `device`, `batch_size`, `max_cache_len` and their like exist
+        # where the stock layer has them. While a copy is made there is no stock layer yet.
+        if name == "stock":
+            raise AttributeError(name)
+        return getattr(self.stock, name)
 
+    def _layers(self) -> tuple[Any, ...]:
+        """The stock layers that this one looks after: its own, and its book's if it is the owner."""
+        if self.book is not None and self.book.owner == self.index:
+            return self.stock, self.book.layer
+        return (self.stock,)
 
-class LatentSlidingLayer(LatentLayer, DynamicSlidingWindowLayer):
-    """Keeps the last ``sliding_window - 1`` tokens."""
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return cast("tuple[int, int]", self.stock.get_mask_sizes(query_length))
+
+    def get_seq_length(self) -> int:
+        return cast(int, self.stock.get_seq_length())
+
+    def get_max_length(self) -> int:
+        return cast(int, self.stock.get_max_length())
 
     def activate_past_recording(self) -> None:
-        self.record_past = True
-        if (book := self._own_book) is not None:
-            cast(DynamicSlidingWindowLayer, book.layer).record_past = True
+        if hasattr(self, "record_past"):
+            self.record_past = True
+
+    def offload(self) -> None:
+        for layer in self._layers():
+            layer.offload()
+
+    def prefetch(self) -> None:
+        for layer in self._layers():
+            layer.prefetch()
+
+    def reset(self) -> None:
+        for layer in self._layers():
+            layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self._layers():
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        for layer in self._layers():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for layer in self._layers():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for layer in self._layers():
+            layer.batch_select_indices(indices)
 
 
-class LatentStaticLayer(LatentLayer, StaticLayer):
-    """Allocated once at full length."""
+def both_sides(bases: LayerBases | None) -> tuple[Basis, Basis]:
+    """The bases of keys and of values.
+
+    Raises:
+        InvalidSetting: one of them is missing.
+    """
+    if bases is None or bases.key is None or bases.value is None:
+        raise InvalidSetting("a cache is filled with latents of keys and of values: this layer lacks a basis")
+    return bases.key, bases.value
 
 
-class LatentStaticSlidingLayer(LatentLayer, StaticSlidingWindowLayer):
-    """Allocated once at the length of its window."""
+def adopt_layer(cache: Cache, index: int, bases: LayerBases, dtype: torch.dtype, *, positions: bool) -> None:
+    """Exchange layer `index` of `cache` for a latent one that holds the same tokens, if it still is empty.
 
-
-_LATENT_CLASS: dict[type, type[LatentLayer]] = {
-    DynamicLayer: LatentDynamicLayer,
-    DynamicSlidingWindowLayer: LatentSlidingLayer,
-    StaticLayer: LatentStaticLayer,
-    StaticSlidingWindowLayer: LatentStaticSlidingLayer,
-}
-
-
-def adopt_layer(cache: Cache, index: int, bases: LayerBases, *, positions: bool) -> LatentLayer:
-    """Exchange layer ``index`` of ``cache`` for a latent one of the same kind, if it still is empty.
+    Args:
+        dtype: of the keys and values that will be stored.
+        positions: whether they are kept with them.
 
     Raises:
         InvalidSetting: the layer holds uncompressed tokens, belongs to another compressed model, or is of a kind that
@@ -178,45 +224,47 @@ def adopt_layer(cache: Cache, index: int, bases: LayerBases, *, positions: bool)
             cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[index]
     if isinstance(layer, LatentLayer):
-        if layer._ref.bases is not bases:
+        names = tuple(codec.name for codec in layer.codecs)
+        if (layer.identity, names) != (bases.identity, bases.codecs):
             raise InvalidSetting("this cache was filled by another compressed model or an earlier attachment")
-        return layer
-    kind = _LATENT_CLASS.get(type(layer))
-    if kind is None:
-        raise InvalidSetting(f"a cache layer of type {type(layer).__name__} cannot hold latents")
+        return
+    policy = Policy.of(layer)
     if layer.get_seq_length() > 0:
         raise InvalidSetting("this cache already holds uncompressed keys and values")
-    # `generate` may have sized a static layer ahead of time, for the full head dimension.
-    layer.keys = layer.values = None
-    layer.is_initialized = False
-    latent = object.__new__(kind)
-    latent.__dict__.update(layer.__dict__)
-    latent._ref, latent._index = _BasesRef(bases), index
-    latent.pending_positions, latent.expected = None, False
-    latent.book = _book(cache, index, layer) if positions else None
+    # Built afresh, as `generate` may have sized the given layer ahead of time for the full head dimension.
+    latent = LatentLayer(index, bases, policy, dtype)
+    if positions:
+        latent.book = book_of(cache, index, policy)
+    if getattr(layer, "record_past", False):
+        latent.record_past = True
     cache.layers[index] = latent
-    return latent
 
 
-def _book(cache: Cache, index: int, layer: Any) -> PositionBook:
-    """The book that layers of this kind share: they keep the same tokens, so one copy of the positions serves all."""
-    books: dict[tuple[Any, ...], PositionBook] = cache.__dict__.setdefault("_orthokv_books", {})
-    kind = (type(layer), getattr(layer, "sliding_window", None), getattr(layer, "max_cache_len", None))
-    if kind not in books:
-        books[kind] = PositionBook(index, copy.deepcopy(layer))
-    return books[kind]
+@dataclass
+class Storing:
+    """Stands in for a cache during one call of an attention module: what is stored goes with what the call brings."""
+
+    cache: Cache
+    call: Call
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        bases, positions = self.call.bases, self.call.positions is not None
+        assert bases is not None
+        adopt_layer(self.cache, layer_idx, bases, key_states.dtype, positions=positions)
+        # Through the cache itself, which may offload its layers.
+        return self.cache.update(key_states, value_states, layer_idx, *args, call=self.call, **kwargs)
 
 
 def cached_tensors(cache: Cache) -> Iterator[Tensor]:
     """Every tensor that a cache keeps between two steps."""
-    layers: list[Any] = cache.layers
+    layers: list[Any] = [*cache.layers, *(book.layer for book in books_of(cache).values())]
     for layer in layers:
-        for tensor in (layer.keys, layer.values):
-            if tensor is not None:
-                yield tensor
-    for book in cache.__dict__.get("_orthokv_books", {}).values():
-        if book.layer.keys is not None:
-            yield book.layer.keys
+        if isinstance(layer, LatentLayer):
+            yield from layer.tensors()
+        else:
+            yield from (tensor for tensor in (layer.keys, layer.values) if tensor is not None)
 
 
 def cache_bytes(cache: Cache) -> int:

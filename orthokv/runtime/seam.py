@@ -1,10 +1,36 @@
-"""The one seam into ``transformers``: calibration, evaluation and serving all go through it.
+"""The one seam into `transformers`: calibration, evaluation and serving all go through it.
 
-Three public hooks are used: a registered attention function (which sees queries, keys and values of every layer), the mask
-function registered under the same name (without it, padded batches silently get no mask), and a forward pre-hook on each
-attention module. In key mode ``pre`` the pre-hook hands the stock forward identity rotary tables, so that queries and keys
-arrive un-rotated; the real tables are applied here, with the model's own function. No model code is copied or replaced,
-except where an attention module does not call the attention interface (``Architecture.forward``).
+Four public hooks are used: a registered attention function (which sees queries, keys and values of every layer), the mask
+function registered under the same name (without it, padded batches silently get no mask), and a forward pre-hook and a
+forward hook on each attention module. No model code is copied or replaced, except where an attention module does not call
+the attention interface (`Architecture.forward`).
+
+What a call needs travels with it, in one `Call` that the pre-hook makes; modules and cache layers keep nothing of it, so
+threads may share a model. The way of one call:
+
+    decoder layer             attention module                   cache
+         |
+         |  cache, tables
+         v
+    _before_attention         Call(bases, tables, positions)
+         |
+         |  orthokv_call=call, cache=Storing(cache, call), identity tables in key mode `pre`
+         v
+    the module's forward      projects queries, keys, values
+                              Storing.update ------------------> LatentLayer.update
+                                                                   encode, pack, hold
+                              call.keys, call.values,  <-----------notes what is held
+                              call.held_positions
+         |
+         |  query, **kwargs with orthokv_call
+         v
+    _attention                Step of query, call.keys, call.values, and the turn that is still lacking
+         |                    attend(step): kernel, or the model's own function over rebuilt heads
+         v
+    _after_attention          refuses a call that _attention has not seen
+
+In key mode `pre` the module gets identity tables, so that queries and keys arrive un-rotated; the angles are applied in
+`attend`, to the keys of all held tokens.
 """
 
 from __future__ import annotations
@@ -31,34 +57,32 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from orthokv.bases.basis import Basis, LayerBases
 from orthokv.models.architectures import architecture_of, restore_forward, use_own_forward
-from orthokv.models.geometry import attention_modules, geometry_of
-from orthokv.models.rotary import Rotary, Tables, layer_rotaries
-from orthokv.runtime.cache import LatentLayer, adopt_layer
+from orthokv.models.geometry import attention_modules, geometry_of, layer_rotaries
+from orthokv.models.rotary import Rotary
+from orthokv.runtime.attend import Attended, Held, Step, Stock, Turn, attend
+from orthokv.runtime.blocks import block_of, pack_blocks
+from orthokv.runtime.cache import Storing
+from orthokv.runtime.call import Call
+from orthokv.runtime.codecs import Codec, codec_of
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.geometry import check_key_mode
+from orthokv.spec.names import ATTENTION_PREFIX as PREFIX
 from orthokv.spec.vocabulary import KeyMode
 
 # Stock functions that can be wrapped. Flash kernels want equal K and V widths and get their masks another way.
 INNER = ("sdpa", "eager")
-PREFIX = "orthokv_"
+# The keyword under which attention modules pass a call on to the attention function.
+CALL = "orthokv_call"
 
 Observer = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass
-class _Call:
-    """Handed from the pre-hook to the attention function of the same module call."""
-
-    tables: Tables | None
-    layer: LatentLayer | None
-
-
-@dataclass
 class SeamState:
-    """What the seam keeps on each attention module.
+    """What the seam keeps on each attention module, the same for all calls.
 
-    ``implementation`` is what ``config`` must name for the attention function to be reached. ``rotary`` is set where the seam
-    turns queries and keys: in key mode ``pre``, in layers that use rotary embedding.
+    `implementation` is what `config` must name for the attention function to be reached. `rotary` is set where the seam turns
+    queries and keys: in key mode `pre`, in layers that use rotary embedding.
     """
 
     config: PreTrainedConfig
@@ -67,17 +91,6 @@ class SeamState:
     rotary: Rotary | None
     bases: LayerBases | None = None
     observer: Observer | None = None
-    call: _Call | None = None
-
-
-@dataclass
-class _StandIn:
-    """What stock attention functions read from the module; latents change the number of KV heads."""
-
-    num_key_value_groups: int
-    is_causal: bool
-    training: bool
-    sinks: Tensor | None
 
 
 def seam_of(model: PreTrainedModel) -> Seam | None:
@@ -130,7 +143,7 @@ class Seam:
             object.__setattr__(module, "_orthokv", state)
             use_own_forward(self._architecture, module)
             self._handles.append(module.register_forward_pre_hook(_before_attention, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_after_attention, always_call=True))
+            self._handles.append(module.register_forward_hook(_after_attention, with_kwargs=True))
         if self._implementation != self._previous:
             self.model.set_attn_implementation(self._implementation)
         object.__setattr__(self.model, "_orthokv_seam", self)
@@ -180,47 +193,35 @@ def _before_attention(
             f"the attention implementation was changed to {implementation!r} while bases are attached; detach first"
         )
     cache = kwargs.get(state.cache_argument)
-    layer: LatentLayer | None = None
-    if cache is not None and state.bases is not None:
-        layer = adopt_layer(
-            cache, cast(int, module.layer_idx), state.bases, positions=state.rotary is not None
-        )
-        layer.expected = True
-    tables: Tables | None = None
+    call = Call(state.bases, tables=None, positions=None)
+    kwargs = {**kwargs, CALL: call}
     if state.rotary is not None:
-        tables = kwargs["position_embeddings"]
-        cos, sin = tables
-        if layer is not None:
-            layer.pending_positions = kwargs["position_ids"]
-        elif cache is not None:
-            raise InvalidSetting("a cache is filled through the seam, but this layer has no bases")
-        kwargs = {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
-    state.call = _Call(tables, layer)
+        cos, sin = kwargs["position_embeddings"]
+        call.tables = state.rotary.rotation.once((cos, sin))
+        kwargs["position_embeddings"] = (torch.ones_like(cos), torch.zeros_like(sin))
+        if cache is not None:
+            call.positions = kwargs["position_ids"]
+            if state.bases is None:
+                raise InvalidSetting("a cache is filled through the seam, but this layer has no bases")
+    if cache is not None and state.bases is not None:
+        kwargs[state.cache_argument] = Storing(cache, call)
     return args, kwargs
 
 
-def _after_attention(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    cast(SeamState, module._orthokv).call = None
+def _after_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    if not cast(Call, kwargs[CALL]).attended:
+        raise InvalidSetting(
+            f"{type(module).__name__} computed attention without calling the function that its configuration names"
+        )
 
 
-def _stock(inner: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def _stock(inner: str, module: nn.Module) -> Callable[..., Attended]:
     """The function that the model itself would have called; the eager one is its own, with softcaps and sinks."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", eager_attention_forward)
-    return cast(
-        "Callable[..., tuple[Tensor, Tensor | None]]", ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager)
-    )
+    return cast("Callable[..., Attended]", ALL_ATTENTION_FUNCTIONS.get_interface(inner, eager))
 
 
-def _stand_in(module: nn.Module, query: Tensor, key: Tensor) -> _StandIn:
-    return _StandIn(
-        num_key_value_groups=query.shape[1] // key.shape[1],
-        is_causal=getattr(module, "is_causal", True),
-        training=module.training,
-        sinks=getattr(module, "sinks", None),
-    )
-
-
-def _attend(
+def _attention(
     inner: str,
     module: nn.Module,
     query: Tensor,
@@ -228,87 +229,67 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Attended:
     stock = _stock(inner, module)
     state = cast("SeamState | None", getattr(module, "_orthokv", None))
-    if state is None or state.call is None:
+    if state is None:
+        # Another model whose configuration was copied from one with a seam.
         return stock(module, query, key, value, attention_mask, **kwargs)
-    call = state.call
-    if state.observer is not None:
-        state.observer(query, key, value)
-    if state.bases is not None and call.layer is not None:
-        bases = state.bases
-        return _attend_cached(
-            stock, module, state.rotary, bases, call, query, key, value, attention_mask, **kwargs
+    call = cast("Call | None", kwargs.pop(CALL, None))
+    if call is None:
+        raise InvalidSetting(
+            f"attention of {type(module).__name__} was reached without its call: run the module, not a part of it"
         )
-    if state.bases is not None:
+    call.attended = True
+    if state.observer is not None:
+        if call.keys is not None:
+            raise InvalidSetting("a layer is observed without a cache")
+        state.observer(query, key, value)
+    keys, values = call.keys, call.values
+    if keys is None or values is None:
         # Without a cache the same round trip happens, so that scores agree with generation.
-        key = _round_trip(key, state.bases.key, state.bases.store_dtype)
-        value = _round_trip(value, state.bases.value, state.bases.store_dtype)
-    if call.tables is not None:
-        assert state.rotary is not None
-        query = state.rotary.rotate(module, query, call.tables)
-        key = state.rotary.rotate(module, key, call.tables)
-    return stock(_stand_in(module, query, key), query, key, value, attention_mask, **kwargs)
+        keys, values = _hold(call.bases, key, value)
+    return attend(
+        Step(
+            query,
+            keys,
+            values,
+            _turn(state.rotary, call, query),
+            Stock(
+                stock,
+                attention_mask,
+                kwargs,
+                is_causal=getattr(module, "is_causal", True),
+                training=module.training,
+                sinks=getattr(module, "sinks", None),
+            ),
+        )
+    )
 
 
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    """``[B, groups, S, n]`` -> ``[B, heads, S, n]``: the latents of a group for each of its heads; a view of one group."""
-    batch, groups, tokens, numbers = x.shape
-    if groups == heads:
-        return x
-    shared = x.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1)
-    return shared.reshape(batch, heads, tokens, numbers)
+def _hold(bases: LayerBases | None, key: Tensor, value: Tensor) -> tuple[Held, Held]:
+    """Keys and values of one call as a cache would hold them."""
+    if bases is None:
+        return Held(None, None, None, key), Held(None, None, None, value)
+    key_codec, value_codec = (codec_of(name, key.dtype) for name in bases.codecs)
+    block = block_of(key_codec, value_codec)
+    return _hold_side(bases.key, key_codec, key, block), _hold_side(bases.value, value_codec, value, block)
 
 
-def _round_trip(x: Tensor, basis: Basis | None, store_dtype: torch.dtype | None) -> Tensor:
+def _hold_side(basis: Basis | None, codec: Codec, x: Tensor, block: int) -> Held:
     if basis is None:
-        return x
-    latent = basis.encode(x)
-    if store_dtype is not None:
-        latent = latent.to(store_dtype).to(x.dtype)
-    return basis.decode(latent)
+        return Held(None, None, None, x)
+    rows, waiting = pack_blocks(codec, basis.encode(x), block)
+    return Held(basis, codec, rows, waiting)
 
 
-def _attend_cached(
-    stock: Callable[..., tuple[Tensor, Tensor | None]],
-    module: nn.Module,
-    rotary: Rotary | None,
-    bases: LayerBases,
-    call: _Call,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention where ``key`` and ``value`` are what the cache returned: latents ``[B, groups, S, rank]``."""
-    assert bases.key is not None
-    assert bases.value is not None
-    assert call.layer is not None
-    key, value = key.to(query.dtype), value.to(query.dtype)
-    head_dim = bases.key.head_dim
-    # One query token is bound by memory: attend to the latents themselves where they are not wider than a head. Longer
-    # queries are bound by arithmetic, which latents wider than a head would multiply: rebuild the heads first.
-    decoding = query.shape[2] == 1
-    latent_key = decoding and call.tables is None and bases.key.rank <= head_dim
-    latent_value = decoding and bases.value.rank <= head_dim
-    if latent_key:
-        query = bases.key.query_to_latent(query)
-    else:
-        key = bases.key.decode(key)
-    if call.tables is not None:
-        assert rotary is not None
-        query = rotary.rotate(module, query, call.tables)
-        key = rotary.rotate(module, key, rotary.tables(call.layer.positions(), key))
-    if not latent_value:
-        value = bases.value.decode(value)
-    heads = max(key.shape[1], value.shape[1])
-    key, value = (_per_head(x, heads) for x in (key, value))
-    output, weights = stock(_stand_in(module, query, key), query, key, value, attention_mask, **kwargs)
-    if latent_value:
-        output = bases.value.output_from_latent(output)
-    return output, weights
+def _turn(rotary: Rotary | None, call: Call, query: Tensor) -> Turn | None:
+    if rotary is None:
+        return None
+    assert call.tables is not None
+    positions = call.held_positions
+    held = call.tables if positions is None else rotary.tables(positions, query)
+    return Turn(rotary.rotation, call.tables, held)
 
 
 def _register(inner: str) -> None:
@@ -319,8 +300,8 @@ def _register(inner: str) -> None:
         value: Tensor,
         attention_mask: Tensor | None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        return _attend(inner, module, query, key, value, attention_mask, **kwargs)
+    ) -> Attended:
+        return _attention(inner, module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(PREFIX + inner, attention)
     AttentionMaskInterface.register(PREFIX + inner, ALL_MASK_ATTENTION_FUNCTIONS[inner])

@@ -17,8 +17,8 @@ from orthokv.checkpoint.read import Checkpoint, read_checkpoint
 from orthokv.files.digests import SUMS
 from orthokv.models.fingerprint import matches
 from orthokv.models.geometry import attention_modules, geometry_of
-from orthokv.runtime.codecs import store_dtype
 from orthokv.runtime.seam import Seam, seam_of
+from orthokv.spec.codec import check_codec
 from orthokv.spec.errors import CheckpointMismatch, InvalidCheckpoint, InvalidSetting
 from orthokv.spec.hub_ids import is_repository
 from orthokv.spec.names import CONFIG, QUANT_METHOD, TENSORS
@@ -36,10 +36,10 @@ class AttachedBases(nn.Module):
     value_encoder: Tensor
     value_decoder: Tensor
 
-    def __init__(self, bases: Bases, dtype: torch.dtype, store: torch.dtype) -> None:
+    def __init__(self, bases: Bases, dtype: torch.dtype, codecs: tuple[str, str]) -> None:
         super().__init__()
         self.kv_heads, self.head_dim = bases.key.kv_heads, bases.key.head_dim
-        self.store_dtype: torch.dtype | None = store
+        self.codecs, self.identity = codecs, bases.identity
         self._orthonormal = {"key": bases.key.orthonormal, "value": bases.value.orthonormal}
         for side, basis in (("key", bases.key), ("value", bases.value)):
             self.register_buffer(f"{side}_encoder", basis.encoder.to(dtype), persistent=False)
@@ -81,10 +81,10 @@ def attach(
     found = checkpoint if isinstance(checkpoint, Checkpoint) else read_checkpoint(locate(checkpoint))
     check_model(model, found)
     dtype = model.dtype
-    store = store_dtype(codec or found.codec, dtype)
+    name = check_codec(codec or found.codec)
     # Everything that can fail comes before the first change to the model.
     attached = [
-        AttachedBases(bases, dtype, store).to(next(module.parameters()).device)
+        AttachedBases(bases, dtype, (name, name)).to(next(module.parameters()).device)
         for module, bases in zip(attention_modules(model), found.bases, strict=True)
     ]
     seam = Seam(model, found.key_mode)

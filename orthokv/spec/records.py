@@ -101,19 +101,16 @@ class CheckpointRecord(TypedDict):
 def upgrade_checkpoint(record: dict[str, Any]) -> CheckpointRecord:
     """`orthokv.json` of any time as today's; KeyError, TypeError or AttributeError where it is none."""
     dataset, measured = _upgrade_dataset(record["dataset"]), record.get("measured")
-    if measured is not None:
-        text = measured.get("dataset")
-        if isinstance(text, dict):
-            # Blocks began at 0 before it was said where they begin.
-            measured = {**measured, "dataset": {"starts": [0], **text}}
-    upgraded = {
-        "calibrated_positions": dataset["positions"],
-        **record,
+    if measured is not None and isinstance(measured.get("dataset"), dict):
+        # Blocks began at 0 before it was said where they begin.
+        measured = {**measured, "dataset": _with(measured["dataset"], starts=[0])}
+    upgraded = _with(record, calibrated_positions=dataset["positions"])
+    upgraded |= {
         "dataset": dataset,
         "method": _upgrade_method(record["method"]),
         # One sharing for all layers, before they could differ.
-        "ranks": [{"sharing": record["sharing"], **entry} for entry in record["ranks"]],
-        "cache": {"number_bytes": 2, **record["cache"]},
+        "ranks": [_with(entry, sharing=record["sharing"]) for entry in record["ranks"]],
+        "cache": _with(record["cache"], number_bytes=2),
         "measured": measured,
     }
     return cast(CheckpointRecord, upgraded)  # the reader checks what the file holds
@@ -121,7 +118,7 @@ def upgrade_checkpoint(record: dict[str, Any]) -> CheckpointRecord:
 
 def upgrade_profile(record: dict[str, Any]) -> dict[str, Any]:
     """`profile.json` of any time as today's; KeyError or TypeError where it is none."""
-    layers = [{"sharing": record["sharing"], "spread": None, "candidates": [], **x} for x in record["layers"]]
+    layers = [_with(x, sharing=record["sharing"], spread=None, candidates=[]) for x in record["layers"]]
     return {
         **record,
         "dataset": _upgrade_dataset(record["dataset"]),
@@ -132,9 +129,14 @@ def upgrade_profile(record: dict[str, Any]) -> dict[str, Any]:
 
 def _upgrade_dataset(found: dict[str, Any]) -> Dataset:
     """All blocks began at 0 before they could begin elsewhere."""
-    return cast(Dataset, {"positions": found["sequence_length"], **found})
+    return cast(Dataset, _with(found, positions=found["sequence_length"]))
 
 
 def _upgrade_method(found: dict[str, Any]) -> Method:
     """There was no last stage before its steps were recorded."""
-    return cast(Method, {"refine_steps": 0, **found})
+    return cast(Method, _with(found, refine_steps=0))
+
+
+def _with(found: dict[str, Any], **missing: Any) -> dict[str, Any]:
+    """A record with fields that it lacks, behind those that it has: what is there keeps its order."""
+    return {**found, **{name: value for name, value in missing.items() if name not in found}}

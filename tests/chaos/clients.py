@@ -8,11 +8,13 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx2
+
+from tests.support.fleet import Api
 
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -36,7 +38,7 @@ class Client(threading.Thread):
 
     def __init__(
         self,
-        url: Callable[[], str],
+        api: Api,
         body: Callable[[random.Random], dict[str, Any]],
         rng: random.Random,
         ended: threading.Event,
@@ -44,7 +46,7 @@ class Client(threading.Thread):
         outstanding: int,
     ) -> None:
         super().__init__(daemon=True)
-        self._url, self._body, self._rng, self._ended = url, body, rng, ended
+        self._api, self._body, self._rng, self._ended = api, body, rng, ended
         self._outstanding = outstanding
         self._open: list[str] = []
         self._bodies: dict[str, dict[str, Any]] = {}
@@ -65,15 +67,19 @@ class Client(threading.Thread):
             self._look()
             self._ended.wait(self._rng.uniform(0.0, 0.3))
 
-    def _send(self, method: str, path: str, **content: Any) -> httpx2.Response | None:
+    def _send(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **content: Any
+    ) -> httpx2.Response | None:
         """The answer, however often it has to be asked for; None when the time is up without one."""
         while not self._ended.is_set():
             try:
-                response = self._http.request(method, self._url() + path, **content)
-            except httpx2.TransportError as error:
+                sent = {**(headers or {}), **self._api.headers}
+                response = self._http.request(method, self._api.url + path, headers=sent, **content)
+            except (httpx2.TransportError, FileNotFoundError) as error:  # no token: the API starts again
                 why = type(error).__name__
             else:
-                if response.status_code < 500 and response.status_code != 429:
+                # 401: the token of before the API was killed.
+                if response.status_code < 500 and response.status_code not in (401, 429):
                     return response
                 why = str(response.status_code)
             self.said.repeated[why] += 1

@@ -19,10 +19,10 @@ from typing import Any
 from sqlalchemy import select
 
 from app.checker.checks import check
+from app.deletion.orphans import sweep_orphans
 from app.idempotency.models import IdempotencyKey
 from app.infra.database import SyncDatabase
 from app.jobs.models import Job
-from app.jobs.reaper import sweep_orphans
 from app.jobs.vocabulary import TERMINAL
 from tests.chaos.clients import Client
 from tests.chaos.faults import WEIGHTS, Chaos, possible
@@ -46,7 +46,7 @@ def run(plan: Plan, *, minutes: float, seed: int, jobs: int = 0) -> dict[str, An
         ended = threading.Event()
         outstanding = 2 if plan.real else 5
         clients = [
-            Client(world.url, world.body, random.Random(rng.random()), ended, outstanding=outstanding)
+            Client(world.api, world.body, random.Random(rng.random()), ended, outstanding=outstanding)
             for _ in range(CLIENTS)
         ]
         watch = Watch(database)
@@ -167,7 +167,7 @@ def _compare(database: SyncDatabase, clients: list[Client]) -> list[str]:
 
 
 def _jobs(database: SyncDatabase) -> tuple[dict[str, int], dict[str, int], int]:
-    from app.events.models import Event
+    from app.jobs.models import Event
 
     rows = database.read(lambda session: list(session.execute(select(Job.status, Job.error))))
     lost = database.read(

@@ -22,16 +22,16 @@ from app.migrate import upgrade
 from tests.chaos.clock import Clock, make_clock
 from tests.chaos.proxy import Proxy
 from tests.crash.test_real import BODY as REAL_BODY
-from tests.fleet import Api, Worker
-from tests.postgres import PrivatePostgres
-from tests.redis_server import PrivateRedis
-from tests.s3 import new_bucket, s3_endpoint
-from tests.service.factories import Script, job_body
+from tests.support.factories import Script, job_body
+from tests.support.fleet import Api, Worker
+from tests.support.paths import SCRIPTED_RUNNER
+from tests.support.postgres import PrivatePostgres
+from tests.support.redis_server import PrivateRedis
+from tests.support.s3 import new_bucket, s3_endpoint
 
 WORKERS = 3
 LEASE_SECONDS = 4.0
 DISK_BYTES = 256 << 20
-_RUNNER = Path(__file__).parents[1] / "service" / "scripted_runner.py"
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,14 @@ class World:
             # Longer than the clock ever jumps: keys of before a longer jump are forgotten, as documented.
             "ORTHOKV_IDEMPOTENCY_HOURS": "72",
             "ORTHOKV_AUTH_REQUIRED": "false",
-            "ORTHOKV_ALLOW_LOCAL_MODELS": "true",
             "OMP_NUM_THREADS": "1",
         }
         if not self.plan.real:
             script = Script(self.folder / "script")
             content = {"layers": 4, "faults": [], "pace": self.plan.pace_seconds}
             (script.folder / "script.json").write_text(json.dumps(content))
-            command = [sys.executable, str(_RUNNER), str(script.folder)]
-            settings["ORTHOKV_RUNNER_COMMAND"] = json.dumps(command)
+            command = [sys.executable, str(SCRIPTED_RUNNER), str(script.folder)]
+            settings["ORTHOKVSCRIPTED_RUNNER_COMMAND"] = json.dumps(command)
         return settings
 
     def body(self, rng: Any) -> dict[str, Any]:
@@ -231,9 +230,6 @@ class World:
         except AssertionError:  # its database is away; the next round tries again
             self._api_up = False
             self.refused_starts += 1
-
-    def url(self) -> str:
-        return self.api.url
 
     def heal(self) -> None:
         """Everything as it ought to be; workers are still at work."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.service.conftest import (
     bucket,
     client,
@@ -14,6 +16,7 @@ from tests.service.conftest import (
     settings,
     sqlite_template,
 )
+from tests.support.tenants import TOKEN
 
 __all__ = [
     "bucket",
@@ -27,3 +30,9 @@ __all__ = [
     "settings",
     "sqlite_template",
 ]
+
+
+@pytest.fixture(autouse=True)
+def _owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients without a key are the owner's: the servers of these tests show their token nowhere."""
+    monkeypatch.setenv("ORTHOKV_TOKEN", TOKEN)

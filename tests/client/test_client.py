@@ -31,11 +31,12 @@ from orthokv_client import (
     Unreachable,
     models,
 )
-from tests.server import REPOSITORY, until
-from tests.service.cutting import Cutting, cutting
-from tests.service.driven import Clients
-from tests.service.factories import complete, job_body, queue_job
-from tests.service.serving import listening, serving
+from tests.support.cutting import Cutting, cutting
+from tests.support.driven import Clients
+from tests.support.factories import complete, job_body, queue_job
+from tests.support.orthokv_server import until
+from tests.support.paths import REPOSITORY
+from tests.support.serving import listening, serving
 
 NOBODY = "0" * 26
 

@@ -39,10 +39,10 @@ from orthokv_client import (
 )
 from orthokv_client.models import Artifact
 from orthokv_client.partfile import PartFile
-from tests.server import REPOSITORY
-from tests.service.cutting import cutting
-from tests.service.driven import Clients
-from tests.service.serving import listening, planted, serving
+from tests.support.cutting import cutting
+from tests.support.driven import Clients
+from tests.support.paths import REPOSITORY
+from tests.support.serving import listening, planted, serving
 
 SEGMENT = 300_000
 CONTENT = os.urandom(2_500_003)

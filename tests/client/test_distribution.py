@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from orthokv_client import __version__
-from tests.server import REPOSITORY
+from tests.support.paths import REPOSITORY
 
 SOURCES = REPOSITORY / "clients" / "python"
 # The library, and what of its dependencies takes hundreds of megabytes.

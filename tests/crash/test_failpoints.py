@@ -18,16 +18,16 @@ import httpx2
 import pytest
 
 from app.checker.checks import check
+from app.deletion.orphans import sweep_orphans
 from app.infra import failpoints
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
-from app.jobs.reaper import sweep_orphans
 from app.migrate import upgrade
-from tests.crash.test_scripted import RUNNER
-from tests.fleet import Api, Worker
-from tests.postgres import postgres_url
-from tests.server import until
-from tests.service.factories import Script, job_body
+from tests.support.factories import Script, job_body
+from tests.support.fleet import Api, Worker
+from tests.support.orthokv_server import until
+from tests.support.paths import SCRIPTED_RUNNER
+from tests.support.postgres import postgres_url
 
 pytestmark = pytest.mark.crash
 
@@ -49,7 +49,7 @@ def fleet(
         yield {
             "ORTHOKV_DATABASE_URL": url,
             "ORTHOKV_STORAGE_URL": (folder / "objects").as_uri(),
-            "ORTHOKV_RUNNER_COMMAND": json.dumps([sys.executable, str(RUNNER), str(script.folder)]),
+            "ORTHOKV_RUNNER_COMMAND": json.dumps([sys.executable, str(SCRIPTED_RUNNER), str(script.folder)]),
             "ORTHOKV_RUNNER_ENVIRONMENT": '["ORTHOKV_FAILPOINT", "ORTHOKV_FAILPOINT_DIR"]',
             "ORTHOKV_LEASE_SECONDS": "2",
             "ORTHOKV_HEARTBEAT_SECONDS": "0.3",
@@ -128,10 +128,12 @@ class Client:
         self._again = again
 
     def send(self, method: str, path: str, **content: Any) -> httpx2.Response:
-        headers = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
+        once = {"Idempotency-Key": uuid.uuid4().hex} if method == "POST" else {}
         while True:
             try:
-                response = httpx2.request(method, self.api.url + path, headers=headers, timeout=60, **content)
+                response = httpx2.request(
+                    method, self.api.url + path, headers={**once, **self.api.headers}, timeout=60, **content
+                )
                 response.raise_for_status()
             except httpx2.TransportError:
                 assert self.api.process.wait(60) == -9

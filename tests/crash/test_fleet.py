@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 
 from app.migrate import upgrade
 from orthokv_client.cli import jobs
-from tests.crash.test_scripted import RUNNER, digests
-from tests.fleet import Api, Worker
-from tests.postgres import postgres_url
-from tests.redis_server import redis_url
-from tests.s3 import new_bucket, s3_endpoint
-from tests.server import until
-from tests.service.factories import Script, job_body
+from tests.crash.test_scripted import digests
+from tests.support.factories import Script, job_body
+from tests.support.fleet import Api, Worker
+from tests.support.orthokv_server import until
+from tests.support.paths import SCRIPTED_RUNNER
+from tests.support.postgres import postgres_url
+from tests.support.redis_server import redis_url
+from tests.support.s3 import new_bucket, s3_endpoint
 
 pytestmark = pytest.mark.crash
 
@@ -55,7 +56,7 @@ def script(tmp_path: Path) -> Script:
 @pytest.fixture
 def fleet(services: dict[str, str], script: Script) -> dict[str, str]:
     """The environment of one test's processes; idle workers wake by hints alone."""
-    command = json.dumps([sys.executable, str(RUNNER), str(script.folder)])
+    command = json.dumps([sys.executable, str(SCRIPTED_RUNNER), str(script.folder)])
     return {**services, "ORTHOKV_RUNNER_COMMAND": command, "ORTHOKV_IDLE_POLL_SECONDS": "3600"}
 
 

@@ -11,8 +11,8 @@ from app.migrate import upgrade
 from tests.crash.test_fleet import started_by
 from tests.crash.test_real import BODY
 from tests.crash.test_scripted import digests
-from tests.fleet import Api, Worker
-from tests.postgres import postgres_url
+from tests.support.fleet import Api, Worker
+from tests.support.postgres import postgres_url
 
 pytestmark = [pytest.mark.crash, pytest.mark.slow]
 
@@ -26,7 +26,6 @@ def test_three_workers_make_the_bytes_of_one(tmp_path: Path) -> None:
             "ORTHOKV_STORAGE_URL": (tmp_path / "objects").as_uri(),
             "ORTHOKV_LAYERS_PER_FIT_STEP": "1",
             "ORTHOKV_IDLE_POLL_SECONDS": "0.1",
-            "ORTHOKV_ALLOW_LOCAL_MODELS": "true",
             "ORTHOKV_AUTH_REQUIRED": "false",  # keys have tests of their own
             "OMP_NUM_THREADS": "1",
         }

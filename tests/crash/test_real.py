@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from tests.crash.test_scripted import digests
-from tests.server import REPOSITORY, Server, until
+from tests.support.orthokv_server import Server, until
+from tests.support.paths import DEMO
 
 pytestmark = pytest.mark.crash
 
-MODEL = REPOSITORY / "demo" / "demo-llama-3m"
 BODY: dict[str, Any] = {
-    "model": {"id": str(MODEL)},
+    "model": {"id": str(DEMO)},
     "dataset": {"source": "self", "num_samples": 4, "sequence_length": 64},
     "budget": {"metric": "kept", "value": 0.25},
     "method": {"steps": 40, "refine_steps": 20},

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.server import Server, until
-from tests.service.factories import Script, job_body
+from tests.support.factories import Script, job_body
+from tests.support.orthokv_server import Server, until
+from tests.support.paths import SCRIPTED_RUNNER
 
 pytestmark = pytest.mark.crash
 
-RUNNER = Path(__file__).parents[1] / "service" / "scripted_runner.py"
 STEPS = ("resolve", "calibrate", "fit", "profile", "package", "evaluate")
 
 
@@ -28,7 +27,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Script:
 @pytest.fixture(scope="module")
 def server(script: Script, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     environment = {
-        "ORTHOKV_RUNNER_COMMAND": json.dumps([sys.executable, str(RUNNER), str(script.folder)]),
+        "ORTHOKV_RUNNER_COMMAND": json.dumps([sys.executable, str(SCRIPTED_RUNNER), str(script.folder)]),
         "ORTHOKV_RETRY_BACKOFF_SECONDS": "0.05",
         "ORTHOKV_DRAIN_SECONDS": "0",
     }

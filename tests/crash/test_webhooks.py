@@ -14,11 +14,11 @@ import pytest
 from cryptography.fernet import Fernet
 
 from app.migrate import upgrade
-from tests.fleet import Api
-from tests.postgres import postgres_url
-from tests.receiver import Receiver, Reply
-from tests.server import Server, until
-from tests.service.factories import job_body
+from tests.support.factories import job_body
+from tests.support.fleet import Api
+from tests.support.orthokv_server import Server, until
+from tests.support.postgres import postgres_url
+from tests.support.receiver import Receiver, Reply
 
 pytestmark = pytest.mark.crash
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import orthokv
-from tests.hub import serve_hub
-from tests.server import REPOSITORY, Server
+from tests.support.hub import serve_hub
+from tests.support.orthokv_server import Server
+from tests.support.paths import REPOSITORY
 
 pytestmark = pytest.mark.slow  # fits of a real model
 

@@ -23,7 +23,7 @@ from orthokv.spec.errors import InvalidSetting, OrthoKVError
 from orthokv.spec.methods import MethodSettings
 from orthokv.spec.names import CONFIG, TENSORS
 from orthokv.text.source import TextMixture
-from tests.tiny import tiny_folder, tiny_model, tiny_text
+from tests.support.tiny import tiny_folder, tiny_model, tiny_text
 
 QUICK: dict[str, Any] = {"method": "eigen", "num_samples": 4, "sequence_length": 16, "profile_samples": 1}
 

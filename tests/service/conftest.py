@@ -10,22 +10,25 @@ from pathlib import Path
 import pytest
 import structlog
 from fastapi.testclient import TestClient
+from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from app.auth.models import Project
-from app.auth.principal import DEFAULT_PROJECT_ID
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
 from app.main import create_app
 from app.migrate import upgrade
 from app.models import metadata
+from app.principal import DEFAULT_PROJECT_ID
 from app.settings import Settings
-from tests.postgres import postgres_url
-from tests.redis_server import PrivateRedis, redis_url
-from tests.s3 import Bucket, new_bucket, s3_endpoint
-from tests.service.driven import Clients
-from tests.service.factories import Script
+from tests.support.driven import Clients
+from tests.support.factories import Script
+from tests.support.paths import SCRIPTED_RUNNER
+from tests.support.postgres import postgres_url
+from tests.support.redis_server import PrivateRedis, redis_url
+from tests.support.s3 import Bucket, new_bucket, s3_endpoint
+from tests.support.tenants import OWNER, TOKEN
 
 # The default renderer draws tracebacks with all locals, which takes seconds.
 structlog.configure(
@@ -108,12 +111,11 @@ def script(tmp_path: Path) -> Script:
 
 @pytest.fixture
 def settings(database_url: str, tmp_path: Path, script: Script) -> Settings:
-    runner = Path(__file__).with_name("scripted_runner.py")
     return Settings(
         data_dir=tmp_path / "data",
         database_url=database_url,
-        allow_local_models=True,
         auth_required=False,
+        token=SecretStr(TOKEN),
         allowed_hosts=("testserver",),
         poll_seconds=0.02,
         idle_poll_seconds=0.05,
@@ -124,7 +126,7 @@ def settings(database_url: str, tmp_path: Path, script: Script) -> Settings:
         drain_seconds=5,
         retry_backoff_seconds=0.01,
         progress_seconds=0.01,
-        runner_command=(sys.executable, str(runner), str(script.folder)),
+        runner_command=(sys.executable, str(SCRIPTED_RUNNER), str(script.folder)),
     )
 
 
@@ -142,7 +144,9 @@ def storage(settings: Settings) -> Storage:
 
 @pytest.fixture
 def client(settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+    """Of the owner, or of nobody where keys alone count."""
+    headers = {} if settings.auth_required else OWNER
+    with TestClient(create_app(settings), raise_server_exceptions=False, headers=headers) as client:
         yield client
 
 

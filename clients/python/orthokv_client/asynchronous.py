@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
-
-import httpx2
-
-from orthokv_client import models
-from orthokv_client.base import Model
-from orthokv_client.download import CONNECTIONS, Progress, download
-from orthokv_client.protocol import PATIENT, AnyModel, Attempts, Call, Retry, Settings, parsed, validated
+from orthokv_client.connection_async import AsyncConnection
+from orthokv_client.protocol import Retry, Settings
 from orthokv_client.resources_async import (
     AsyncApiKeys,
     AsyncArtifacts,
@@ -25,17 +15,14 @@ from orthokv_client.resources_async import (
     AsyncProjects,
     AsyncWebhookEndpoints,
 )
-from orthokv_client.running_async import blocking, chunks, sleep
-
-Item = TypeVar("Item", bound=Model)
 
 
-class AsyncOrthoKV:
+class AsyncOrthoKV(AsyncConnection):
     """One server: `async with AsyncOrthoKV(url) as client: ...`.
 
-    `url` is that of ORTHOKV_URL by default, and `api_key` that of ORTHOKV_API_KEY. `timeout_seconds` bounds connecting, sending
-    and every wait for bytes. All calls raise `ApiError` (a class of it for each kind of problem), `Unreachable` and
-    `UnexpectedAnswer`.
+    `url` is that of ORTHOKV_URL by default, and `api_key` that of ORTHOKV_API_KEY; a server of the same user on the loopback
+    needs none. `timeout_seconds` bounds connecting, sending and every wait for bytes. All calls raise `ApiError` (a class of
+    it for each kind of problem), `Unreachable` and `UnexpectedAnswer`.
     """
 
     def __init__(
@@ -46,8 +33,7 @@ class AsyncOrthoKV:
         timeout_seconds: float = 30.0,
         retry: Retry = Retry(),
     ) -> None:
-        self.settings = Settings.of(url, api_key, timeout_seconds, retry)
-        self._http = httpx2.AsyncClient(**self.settings.options())
+        super().__init__(Settings.of(url, api_key, timeout_seconds, retry))
         self.jobs = AsyncJobs(self)
         self.datasets = AsyncDatasets(self)
         self.profiles = AsyncProfiles(self)
@@ -57,105 +43,3 @@ class AsyncOrthoKV:
         self.projects = AsyncProjects(self)
         self.webhook_endpoints = AsyncWebhookEndpoints(self)
         self.audit_events = AsyncAuditEvents(self)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._http.aclose()
-
-    async def send(self, call: Call, *, retry: Retry | None = None) -> httpx2.Response:
-        """The successful answer to a call, repeated where that is sound."""
-        attempts = Attempts(call, self.settings, retry)
-        while True:
-            try:
-                response = await self._http.request(call.method, call.path, **call.arguments())
-            except httpx2.TransportError as error:
-                pause = attempts.failed(error)
-            else:
-                if response.is_success:
-                    return response
-                pause = attempts.refused(response)
-            await sleep(pause)
-
-    async def get(self, model: type[AnyModel], path: str, **query: Any) -> AnyModel:
-        """What a GET answers."""
-        return parsed(await self.send(Call("GET", path, query)), model)
-
-    async def usage(self) -> models.Usage:
-        """What the key's project uses of its limits."""
-        return await self.get(models.Usage, "/v1/usage")
-
-    async def put(self, path: str, file: Path) -> None:
-        """Send a file as the body of a PUT, from its beginning at every attempt."""
-        call = Call("PUT", path)
-        attempts = Attempts(call, self.settings)
-        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(file.stat().st_size)}
-        while True:
-            try:
-                response = await self._http.request("PUT", path, content=chunks(file), headers=headers)
-            except httpx2.TransportError as error:
-                pause = attempts.failed(error)
-            else:
-                if response.is_success:
-                    return
-                pause = attempts.refused(response)
-            await sleep(pause)
-
-    async def items(
-        self, item: type[Item], path: str, query: Mapping[str, Any], page_size: int = 100
-    ) -> AsyncIterator[Item]:
-        """All items of a list, asked for page by page."""
-        after = None
-        while True:
-            page = (await self.send(Call("GET", path, {**query, "limit": page_size, "after": after}))).json()
-            for body in page["data"]:
-                yield validated(body, item)
-            if not page["has_more"]:
-                return
-            after = page["last_id"]
-
-    async def download(
-        self,
-        artifacts: Sequence[models.Artifact],
-        folder: Path | str,
-        *,
-        connections: int = CONNECTIONS,
-        progress: Progress | None = None,
-    ) -> list[Path]:
-        """Files into a folder: several ranges at once, resumed where they broke off, checked by digest."""
-        work = partial(
-            download, self.settings, artifacts, Path(folder), connections=connections, progress=progress
-        )
-        return await blocking(lambda stop: work(stop=stop))
-
-    async def stream(self, job_id: str, after: int) -> AsyncIterator[models.Event]:
-        """A job's events after a number, until the job is over. A stream that breaks is opened again, at the next number."""
-        path = f"/v1/jobs/{job_id}/events"
-        attempts = Attempts(Call("GET", path), self.settings, PATIENT)
-        while True:
-            call = Call("GET", path, headers={"Accept": "text/event-stream", "Last-Event-ID": str(after)})
-            pause = 0.1  # after a stream that just ended: no server may make this loop a busy one
-            try:
-                async with self._http.stream(call.method, call.path, **call.arguments()) as response:
-                    if response.status_code == 204:
-                        return
-                    if response.is_success:
-                        async for message in httpx2.EventSource(response):
-                            event = validated(message.json(), models.Event)
-                            if event.seq > after:
-                                after = event.seq
-                                attempts = Attempts(call, self.settings, PATIENT)
-                                yield event
-                    else:
-                        await response.aread()
-                        pause = attempts.refused(response)
-            except httpx2.TransportError as error:
-                pause = attempts.failed(error)
-            await sleep(pause)

@@ -24,7 +24,7 @@ from typer._click.exceptions import ClickException, NoArgsIsHelpError
 
 from orthokv_client import models
 from orthokv_client.base import Model
-from orthokv_client.errors import ApiError, ClientError
+from orthokv_client.errors import ApiError, ClientError, TokenUnreadable
 from orthokv_client.protocol import DEFAULT_URL, Retry, is_api_key
 from orthokv_client.synchronous import OrthoKV
 from orthokv_client.watch import DownloadBar, estimated, show, summary
@@ -97,7 +97,7 @@ def connected(url: str, key_file: Path | None) -> Iterator[OrthoKV]:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise _stop(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", BAD_INPUT) from error
-    except ValueError as error:
+    except (ValueError, TokenUnreadable) as error:
         raise _stop(str(error), BAD_INPUT) from error
     except (ClientError, OSError) as error:
         raise _stop(str(error), FAILED) from error

@@ -31,6 +31,10 @@ class DownloadInUse(ClientError):
     """Another process downloads the same file to the same place."""
 
 
+class TokenUnreadable(ClientError):
+    """The file with the token of a server on the loopback is not there or not for this user's eyes. Nothing was sent."""
+
+
 class ApiError(ClientError):
     """The server answered with a problem (RFC 9457).
 

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from orthokv_client.base import Model
 from orthokv_client.errors import ApiError, UnexpectedAnswer, Unreachable, error_class
 from orthokv_client.models import FieldProblem
+from orthokv_client.own_token import own_token
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
@@ -56,10 +57,14 @@ class Settings:
     api_key: str | None = field(repr=False)
     timeout_seconds: float
     retry: Retry
+    own_token: httpx2.Auth | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, url: str | None, api_key: str | None, timeout_seconds: float, retry: Retry) -> Settings:
-        """Gaps are filled by ORTHOKV_URL and ORTHOKV_API_KEY. Raises `ValueError`, which never repeats a key."""
+        """Gaps are filled by ORTHOKV_URL and ORTHOKV_API_KEY, and on the loopback by the token of the user's own server.
+
+        Raises `ValueError`, which never repeats a key.
+        """
         url = url or os.environ.get("ORTHOKV_URL") or DEFAULT_URL
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -68,7 +73,8 @@ class Settings:
             api_key = os.environ.get("ORTHOKV_API_KEY", "").strip() or None
         if api_key is not None and not is_api_key(api_key):
             raise ValueError("not an API key: one begins with okv_")
-        return cls(url, api_key, timeout_seconds, retry)
+        token = own_token(url) if api_key is None else None
+        return cls(url, api_key, timeout_seconds, retry, token)
 
     def options(self) -> dict[str, Any]:
         """Arguments of an HTTP client that sends the key, to this server and no other."""
@@ -76,6 +82,7 @@ class Settings:
         return {
             "base_url": self.url,
             "headers": {"Accept": "application/json", "User-Agent": "orthokv-client", **headers},
+            "auth": self.own_token,
             "follow_redirects": False,
             # Answers to a long poll come late by design.
             "timeout": httpx2.Timeout(self.timeout_seconds, read=self.timeout_seconds + LONGEST_WAIT_SECONDS),

@@ -6,15 +6,13 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orthokv_client import models
+from orthokv_client.connection import Connection
 from orthokv_client.download import CONNECTIONS, Progress
 from orthokv_client.protocol import LONGEST_WAIT_SECONDS, PATIENT, Call, creation, dumped, parsed
 from orthokv_client.words import ENDED, DatasetFormat, DeliveryStatus, JobStatus, Order
-
-if TYPE_CHECKING:
-    from orthokv_client.synchronous import OrthoKV
 
 Paths = list[Path]  # in a class with a method `list` this name cannot be spelled
 
@@ -22,7 +20,7 @@ Paths = list[Path]  # in a class with a method `list` this name cannot be spelle
 class Jobs:
     """`client.jobs`"""
 
-    def __init__(self, client: OrthoKV) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
 
     def create(
@@ -116,7 +114,7 @@ class Jobs:
 class Datasets:
     """`client.datasets`"""
 
-    def __init__(self, client: OrthoKV) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
 
     def upload(
@@ -149,7 +147,7 @@ class Datasets:
 class Profiles:
     """`client.profiles`"""
 
-    def __init__(self, client: OrthoKV) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
 
     def get(self, profile_id: str) -> models.Profile:
@@ -192,7 +190,7 @@ class Profiles:
 class Checkpoints:
     """`client.checkpoints`"""
 
-    def __init__(self, client: OrthoKV) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
 
     def get(self, checkpoint_id: str) -> models.Checkpoint:
@@ -226,7 +224,7 @@ class Checkpoints:
 class Artifacts:
     """`client.artifacts`"""
 
-    def __init__(self, client: OrthoKV) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
 
     def get(self, artifact_id: str) -> models.Artifact:
@@ -258,7 +256,7 @@ class Artifacts:
 class ApiKeys:
     """`client.api_keys`: needs the scope `keys:manage`."""
 
-    def __init__(self, client: OrthoKV) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
 
     def create(self, body: models.ApiKeyCreate | Mapping[str, Any]) -> models.ApiKeyCreated:
@@ -283,7 +281,7 @@ class ApiKeys:
 class Projects:
     """`client.projects`: needs the scope `admin`."""
 
-    def __init__(self, client: OrthoKV) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
 
     def create(
@@ -309,7 +307,7 @@ class Projects:
 class WebhookEndpoints:
     """`client.webhook_endpoints`: needs the scope `webhooks:manage`."""
 
-    def __init__(self, client: OrthoKV) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
 
     def create(self, body: models.WebhookEndpointCreate | Mapping[str, Any]) -> models.WebhookEndpointCreated:
@@ -366,7 +364,7 @@ class WebhookEndpoints:
 class AuditEvents:
     """`client.audit_events`: needs the scope `admin`."""
 
-    def __init__(self, client: OrthoKV) -> None:
+    def __init__(self, client: Connection) -> None:
         self._client = client
 
     def list(

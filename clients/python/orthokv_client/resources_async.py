@@ -6,15 +6,13 @@ import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from orthokv_client import models
+from orthokv_client.connection_async import AsyncConnection
 from orthokv_client.download import CONNECTIONS, Progress
 from orthokv_client.protocol import LONGEST_WAIT_SECONDS, PATIENT, Call, creation, dumped, parsed
 from orthokv_client.words import ENDED, DatasetFormat, DeliveryStatus, JobStatus, Order
-
-if TYPE_CHECKING:
-    from orthokv_client.asynchronous import AsyncOrthoKV
 
 Paths = list[Path]  # in a class with a method `list` this name cannot be spelled
 
@@ -22,7 +20,7 @@ Paths = list[Path]  # in a class with a method `list` this name cannot be spelle
 class AsyncJobs:
     """`client.jobs`"""
 
-    def __init__(self, client: AsyncOrthoKV) -> None:
+    def __init__(self, client: AsyncConnection) -> None:
         self._client = client
 
     async def create(
@@ -116,7 +114,7 @@ class AsyncJobs:
 class AsyncDatasets:
     """`client.datasets`"""
 
-    def __init__(self, client: AsyncOrthoKV) -> None:
+    def __init__(self, client: AsyncConnection) -> None:
         self._client = client
 
     async def upload(
@@ -149,7 +147,7 @@ class AsyncDatasets:
 class AsyncProfiles:
     """`client.profiles`"""
 
-    def __init__(self, client: AsyncOrthoKV) -> None:
+    def __init__(self, client: AsyncConnection) -> None:
         self._client = client
 
     async def get(self, profile_id: str) -> models.Profile:
@@ -192,7 +190,7 @@ class AsyncProfiles:
 class AsyncCheckpoints:
     """`client.checkpoints`"""
 
-    def __init__(self, client: AsyncOrthoKV) -> None:
+    def __init__(self, client: AsyncConnection) -> None:
         self._client = client
 
     async def get(self, checkpoint_id: str) -> models.Checkpoint:
@@ -228,7 +226,7 @@ class AsyncCheckpoints:
 class AsyncArtifacts:
     """`client.artifacts`"""
 
-    def __init__(self, client: AsyncOrthoKV) -> None:
+    def __init__(self, client: AsyncConnection) -> None:
         self._client = client
 
     async def get(self, artifact_id: str) -> models.Artifact:
@@ -260,7 +258,7 @@ class AsyncArtifacts:
 class AsyncApiKeys:
     """`client.api_keys`: needs the scope `keys:manage`."""
 
-    def __init__(self, client: AsyncOrthoKV) -> None:
+    def __init__(self, client: AsyncConnection) -> None:
         self._client = client
 
     async def create(self, body: models.ApiKeyCreate | Mapping[str, Any]) -> models.ApiKeyCreated:
@@ -285,7 +283,7 @@ class AsyncApiKeys:
 class AsyncProjects:
     """`client.projects`: needs the scope `admin`."""
 
-    def __init__(self, client: AsyncOrthoKV) -> None:
+    def __init__(self, client: AsyncConnection) -> None:
         self._client = client
 
     async def create(
@@ -313,7 +311,7 @@ class AsyncProjects:
 class AsyncWebhookEndpoints:
     """`client.webhook_endpoints`: needs the scope `webhooks:manage`."""
 
-    def __init__(self, client: AsyncOrthoKV) -> None:
+    def __init__(self, client: AsyncConnection) -> None:
         self._client = client
 
     async def create(
@@ -372,7 +370,7 @@ class AsyncWebhookEndpoints:
 class AsyncAuditEvents:
     """`client.audit_events`: needs the scope `admin`."""
 
-    def __init__(self, client: AsyncOrthoKV) -> None:
+    def __init__(self, client: AsyncConnection) -> None:
         self._client = client
 
     def list(

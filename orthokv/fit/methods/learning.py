@@ -114,7 +114,7 @@ def descend(
     losses: list[Tensor] = []
     for step in range(steps):
         if len(order) < blocks_per_step:
-            order = torch.randperm(view.blocks, generator=generator).tolist()
+            order = torch.randperm(view.fitted_count, generator=generator).tolist()
         blocks, order = order[:blocks_per_step], order[blocks_per_step:]
         for variable in variables:
             variable.requires_grad_(True)

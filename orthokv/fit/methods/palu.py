@@ -94,8 +94,8 @@ def _input_moment(view: LayerView) -> Tensor:
 
     handle = projection.register_forward_pre_hook(observe)
     try:
-        for batch in view.walk.batches(view.blocks):
-            view.walk.forward(view.index, view.walk.inputs[batch], range(view.blocks)[batch])
+        for batch in view.walk.batches(view.fitted_count):
+            view.walk.forward(view.index, view.walk.inputs[batch], range(view.fitted_count)[batch])
     finally:
         handle.remove()
     return total / view.moments.tokens

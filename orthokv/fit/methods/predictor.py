@@ -97,9 +97,9 @@ def _fit_side(
     predictor = BasisPredictor(width, generator).to(device)
     optimiser = torch.optim.AdamW(predictor.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs)
-    held_out = max(1, round(HELD_OUT_SHARE * view.blocks))
-    training = list(range(max(1, view.blocks - held_out)))
-    validation = list(range(view.blocks - held_out, view.blocks))
+    held_out = max(1, round(HELD_OUT_SHARE * view.fitted_count))
+    training = list(range(max(1, view.fitted_count - held_out)))
+    validation = list(range(view.fitted_count - held_out, view.fitted_count))
     pairs = rank_pairs(width, width, seed)
     blocks_per_step = BLOCKS_KEY if keys else BLOCKS_VALUE
 

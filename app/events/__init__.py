@@ -1,1 +1,0 @@
-"""Events of a job: a gapless, ordered record, served as pages and as a stream."""

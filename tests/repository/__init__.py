@@ -1,0 +1,1 @@
+"""Tests of what is neither library nor service: images, manifests, benchmarks."""

@@ -1,0 +1,1 @@
+"""Database, object store, outgoing HTTP, logs, traces."""

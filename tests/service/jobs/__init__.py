@@ -1,0 +1,1 @@
+"""Jobs: over HTTP, their states, leases and repairs."""

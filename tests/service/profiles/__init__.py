@@ -1,0 +1,1 @@
+"""Profiles and the checkpoints made of them."""

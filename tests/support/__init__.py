@@ -1,0 +1,1 @@
+"""What tests share: servers, models, factories of rows, a runner that follows a script."""
