@@ -25,11 +25,17 @@ Written by `python -m tools.cli_docs` from the commands: `make check` fails wher
 `orthokv jobs` is also installed as `orthokv-client`, with the client alone (`pip install ./clients/python`). Results go to
 standard output; progress, warnings and errors go to standard error. Exit codes: 0 done, 2 bad input, 3 budget unreachable,
 1 anything else.
+
+A dataset is JSONL (`text` field, or `--field`), plain text, Parquet or a hub data set id; to calibrate also `self`: the model
+writes its own text. Models are safetensors; code and pickles are never loaded.
 """
 
 
 def page() -> str:
     commands: dict[str, Any] = {command.name: command for command in cli.commands()}
+    for name, found in _leaves(commands):
+        if _about(found)[0].startswith("Needs pip install"):
+            raise SystemExit(f"{name} cannot be described: {_about(found)[0]}")
     index = [
         f"| [`{name}`](#{_anchor(name)}) | {cell(_about(found)[0])} |" for name, found in _leaves(commands)
     ]
