@@ -164,7 +164,7 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except hub.GatedRepoError as error:
         raise ModelGated(f"model {model} is gated: accept its terms on the hub and log in there") from error
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise ModelNotFound(f"{model} is no folder, and no model that the hub shows you") from error
+        raise ModelNotFound(f"{model} is neither a folder nor a model that the hub shows you") from error
     except hub.RevisionNotFoundError as error:
         raise ModelNotFound(f"model {model} has no revision {revision!r}") from error
     except Exception as error:

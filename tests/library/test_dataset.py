@@ -279,7 +279,7 @@ CARD = (
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
-        (None, {}, "owner/name is no file, and no hub data set that can be read: .*doesn't exist"),
+        (None, {}, "owner/name is neither a file nor a hub data set that can be read: .*doesn't exist"),
         ({"train.jsonl": jsonl("a")}, {"field": "body"}, "row 1 of owner/name has no field 'body'"),
         ({"train.jsonl": jsonl("a")}, {"split": "valid"}, r"Bad split: valid. Available splits: \['train'\]"),
         ({"train.tar": b"tar"}, {}, "needs the builder 'webdataset'; allowed are json, parquet"),
@@ -301,7 +301,9 @@ def test_bad_hub_data_set_is_refused(
 
 def test_unreachable_hub_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InvalidDataset, match=r"owner/name is no file, .*Couldn't reach .*\Z") as caught:
+    with pytest.raises(
+        InvalidDataset, match=r"owner/name is neither a file nor .*Couldn't reach .*\Z"
+    ) as caught:
         list(read_texts(TextSource("owner/name")))
     assert "\n" not in str(caught.value)
 
