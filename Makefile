@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow test-crash test-mlflow chaos check bench-quality bench-ablation bench-download audit format openapi client table clean
+.PHONY: help install demo test test-slow test-crash test-mlflow chaos check bench-quality bench-ablation bench-download audit format openapi client docs table clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,7 +14,7 @@ help:
 	@echo "make test-crash   run the tests that kill workers, servers and brokers"
 	@echo "make chaos    ten minutes of random faults, then the reckoning; ARGS=\"--minutes 30 --seed 7 ...\""
 	@echo "make test-mlflow  run the tests against a real MLflow server (installs one)"
-	@echo "make check    lint, types, import rules, OpenAPI, support table, migrations, images and manifests"
+	@echo "make check    lint, types, import rules, OpenAPI, generated pages, migrations, images and manifests"
 	@echo "make bench-quality   every method on the bench models: JSON, tables, plots (needs ../shared; hours on a CPU)"
 	@echo "make bench-ablation  what each ingredient of the fit is worth, on the same model"
 	@echo "make bench-download  artifact downloads beside nginx on the same file (needs nginx)"
@@ -22,6 +22,7 @@ help:
 	@echo "make format   rewrite sources as the linter wants them"
 	@echo "make openapi  write openapi.json from the code, and the client's models from that"
 	@echo "make client   write the generated parts of clients/python"
+	@echo "make docs     write docs/library.md and docs/cli.md from docstrings, signatures and commands"
 	@echo "make table    write the support table in docs/architectures.md from the registry and the tests"
 
 $(STAMP): pyproject.toml clients/python/pyproject.toml constraints.txt
@@ -78,6 +79,8 @@ check: $(STAMP)
 	$(BIN)/python -m tools.openapi --check
 	$(BIN)/python -m tools.client_sources --check
 	$(BIN)/python -m tools.support_table --check
+	$(BIN)/python -m tools.library_docs --check
+	$(BIN)/python -m tools.cli_docs --check
 	$(BIN)/python -m tools.import_circles
 	$(BIN)/python -m app.migrate --check
 	$(BIN)/yamllint --strict -c .yamllint.yml .yamllint.yml docker-compose.yml deploy
@@ -112,6 +115,10 @@ client: $(STAMP)
 
 bench-download: $(STAMP)
 	$(BIN)/python -m benchmarks.service_download $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python -m tools.library_docs
+	$(BIN)/python -m tools.cli_docs
 
 table: $(STAMP)
 	$(BIN)/python -m tools.support_table

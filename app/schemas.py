@@ -28,7 +28,7 @@ class Body(BaseModel):
     def _storable(cls, value: Any) -> Any:
         texts = [text for pair in value.items() for text in pair] if isinstance(value, dict) else [value]
         if any(isinstance(text, str) and not is_storable(text) for text in texts):
-            raise ValueError("holds a character that is no text: NUL, or half of a surrogate pair")
+            raise ValueError("holds a character that is not text: NUL, or half of a surrogate pair")
         return value
 
     @field_validator("*", mode="before")

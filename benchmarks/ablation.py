@@ -24,9 +24,9 @@ from benchmarks.bench import (
     shares,
 )
 from orthokv.compare import MethodChoice, measure_plan
-from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Plan, plan_ranks
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.plan import Plan, plan_ranks
+from orthokv.planning.profile import ErrorProfile
 from orthokv.spec.budget import Budget
 from orthokv.spec.methods import default_steps
 from orthokv.spec.settings import FitSettings

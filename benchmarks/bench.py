@@ -16,7 +16,7 @@ from orthokv.compare import MethodChoice, fit_profile
 from orthokv.models.loading import load
 from orthokv.models.source import ModelSource, load_tokenizer, resolve_model
 from orthokv.pipeline import prepare_blocks
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.profile import ErrorProfile
 from orthokv.show.progress import PlainReporter
 from orthokv.show.results import ComparisonRow
 from orthokv.spec.settings import FitSettings

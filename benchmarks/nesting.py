@@ -22,10 +22,10 @@ from orthokv.fit.polish import polish
 from orthokv.fit.refine import Refinement, refine
 from orthokv.measure.checkpoint import device_name
 from orthokv.measure.quality import quality
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import planned_bases
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import planned_bases
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.show.wording import markdown
 from orthokv.spec.budget import Budget

@@ -16,9 +16,9 @@ from benchmarks.bench import CALIBRATION, MODEL, TEXTS, Bench, need_shared, shar
 from orthokv.compare import MethodChoice
 from orthokv.measure.checkpoint import device_name
 from orthokv.measure.quality import quality
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import planned_bases
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import planned_bases
+from orthokv.planning.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.spec.budget import Budget
 from orthokv.spec.settings import FitSettings

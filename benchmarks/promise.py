@@ -23,7 +23,7 @@ from orthokv.compare import MethodChoice
 from orthokv.measure.checkpoint import device_name
 from orthokv.measure.quality import quality
 from orthokv.pipeline import make_plan
-from orthokv.plan.bases import planned_bases
+from orthokv.planning.bases import planned_bases
 from orthokv.runtime.seam import Seam
 from orthokv.show.plots.style import INK, MUTED, PALETTE, frame, plain, save
 from orthokv.show.wording import markdown, percent

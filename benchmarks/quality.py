@@ -29,7 +29,7 @@ from benchmarks.bench import (
 )
 from benchmarks.merge import merge
 from orthokv.compare import MethodChoice, measure_plan, polish_profile
-from orthokv.plan.allocate import allocate
+from orthokv.planning.allocate import allocate
 from orthokv.show.plots import plot_comparison
 from orthokv.show.results import ComparisonRow, summarise
 from orthokv.show.tables import details_markdown, ratios_markdown

@@ -1,6 +1,7 @@
-"""Tables and plots of docs/results.md from the result files: ``python -m benchmarks.report [--check]``.
+"""Tables and plots of docs/results.md and all of its appendix, from the result files: `python -m benchmarks.report [--check]`.
 
-A table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``; what is between them is never written by hand.
+In docs/results.md a table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; what is between them is never written
+by hand. docs/results-appendix.md is written whole.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 from benchmarks import nesting, promise
 from benchmarks.ablation import ABLATIONS
+from benchmarks.answers import MAIN, MIXED, SECOND, answers
 from benchmarks.bench import RESULTS, ROOT, rows_of
 from benchmarks.quality import plot_quality
 from orthokv.show.results import ComparisonRow, summarise
@@ -23,9 +25,47 @@ from orthokv.show.tables import details_markdown, ratios_markdown
 from orthokv.show.wording import markdown
 
 PAGE = ROOT / "docs" / "results.md"
+APPENDIX = ROOT / "docs" / "results-appendix.md"
 IMAGES = ROOT / "docs" / "images"
 _SECTION = re.compile(r"(<!-- begin (\S+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 Draw = Callable[[Path], None]
+
+TITLES = {
+    MAIN: "books-llama-31m, calibrated on books",
+    MIXED: "books-llama-31m, calibrated on a mixture",
+    SECOND: "books-llama-29m, calibrated on books",
+}
+QUESTIONS = {
+    "parameterisation": ("Predictor or direct", ""),
+    "start": ("Warm start or none", ""),
+    "sharing": ("Which heads share a basis", ""),
+    "side": (
+        "Keys only, values only",
+        "The cut side keeps the budget's share of its width in every layer, the other all of it; the last column says what the "
+        "cache then holds.",
+    ),
+    "nesting": (
+        "One fit for all ranks, or one rank alone",
+        "The same share of the width in every layer, for keys and values.",
+    ),
+    "inputs": (
+        "Calibration on uncompressed or on compressed inputs",
+        "With `propagate`, each layer is fitted on what the layers before it produce when cut to a share of their widths. "
+        "Layers must then be fitted in order, by one worker.",
+    ),
+    "samples": ("Number of calibration blocks", ""),
+    "length": (
+        "Length of calibration blocks, at equal tokens",
+        "Evaluated on blocks of 1024 tokens whatever the calibration's length.",
+    ),
+    "domain": ("Domain of calibration against domain of evaluation", ""),
+}
+_HEAD = """\
+# Results, in full
+
+Written by `python -m benchmarks.report` from the files in `benchmarks/results/`. What the tables say, how they were measured
+and what the methods are called elsewhere: [results](results.md).
+"""
 
 
 def conditions(data: dict[str, Any]) -> str:
@@ -69,9 +109,9 @@ def ablation(data: dict[str, Any]) -> dict[str, str]:
     budgets = sorted({entry["kept_asked"] for entry in data["rows"]}, reverse=True)
     columns = [(budget, text) for budget in budgets for text in texts]
     found: dict[str, str] = {}
-    for question, answers in ABLATIONS.items():
+    for question, variants in ABLATIONS.items():
         lines: list[list[str]] = []
-        for label, variant in answers.items():
+        for label, variant in variants.items():
             wanted = variant.labels()
             rows = rows_of([e for e in data["rows"] if all(e[k] == v for k, v in wanted.items())])
             if rows:
@@ -99,7 +139,7 @@ def _kept(rows: list[ComparisonRow], budgets: list[float]) -> str:
 
 def sections() -> tuple[dict[str, str], dict[Path, Draw]]:
     """Every section that has been measured, by its name in the page, and the plots to draw."""
-    found: dict[str, str] = {}
+    found = answers(RESULTS)
     plots: dict[Path, Draw] = {}
     for path in sorted(RESULTS.glob("*.json")):
         kind, _, _ = path.stem.partition("-")
@@ -137,18 +177,56 @@ def fill(page: str, found: dict[str, str]) -> str:
     return _SECTION.sub(body, page)
 
 
+def appendix(found: dict[str, str]) -> str:
+    """Every table of every method and of every ablation."""
+    parts = [_HEAD]
+    stems = list(dict.fromkeys(name.partition("/")[0] for name in found))
+    for stem in [*TITLES, *(stem for stem in stems if stem not in TITLES)]:
+        names = [name.partition("/")[2] for name in found if name.startswith(f"{stem}/")]
+        sections = {name: found[f"{stem}/{name}"] for name in names}
+        if stem.startswith("quality-"):
+            parts += [f"## {TITLES.get(stem, stem)}\n", *_quality_part(sections)]
+        elif stem.startswith("ablation-"):
+            about = "One thing is changed at a time from `stiefel:joint`, optimised directly from the singular vectors."
+            parts += [f"## What each ingredient is worth: {stem.partition('-')[2]}\n", f"{about}\n"]
+            parts += _ablation_part(sections)
+    return "\n".join(parts)
+
+
+def _quality_part(sections: dict[str, str]) -> list[str]:
+    parts: list[str] = []
+    for name, body in sections.items():
+        kind, _, text = name.partition("-")
+        if kind == "ratios":
+            parts += [f"### Evaluated on {text}\n", body]
+        elif kind == "details":
+            parts += ["<details><summary>All figures</summary>\n", body, "</details>\n"]
+        else:
+            parts += ["### Not measured, and why\n", body]
+    return parts
+
+
+def _ablation_part(sections: dict[str, str]) -> list[str]:
+    parts: list[str] = []
+    for name, body in sections.items():
+        title, note = QUESTIONS[name]
+        parts += [f"### {title}\n", *([f"{note}\n"] if note else []), body]
+    return parts
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where the page is stale")
     given = parser.parse_args()
     found, plots = sections()
-    page = PAGE.read_text()
-    filled = fill(page, found)
+    wanted = {PAGE: fill(PAGE.read_text(), found), APPENDIX: appendix(found)}
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     if given.check:
-        if filled != page:
-            sys.exit("docs/results.md is stale: run python -m benchmarks.report")
+        if stale:
+            sys.exit(f"{stale[0].relative_to(ROOT)} is stale: run python -m benchmarks.report")
         return
-    PAGE.write_text(filled)
+    for path in stale:
+        path.write_text(wanted[path])
     for path, draw in plots.items():
         draw(path)
 

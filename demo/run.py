@@ -28,8 +28,8 @@ from orthokv.measure.checkpoint import evaluate_checkpoint
 from orthokv.models.loading import load
 from orthokv.models.source import load_tokenizer, resolve_model
 from orthokv.pipeline import prepare_blocks
-from orthokv.plan.allocate import allocate
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.profile import ErrorProfile
 from orthokv.show.plots import plot_comparison, plot_plan, plot_profile
 from orthokv.show.results import ComparisonRow
 from orthokv.show.tables import comparison_table

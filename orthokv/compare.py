@@ -18,10 +18,10 @@ from orthokv.measure.quality import cache_size, quality_by_layer
 from orthokv.models.geometry import geometry_of
 from orthokv.models.source import ModelSource
 from orthokv.pipeline import build_profile, fit_layers
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import planned_bases
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import planned_bases
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.show.results import ComparisonRow
 from orthokv.spec.budget import Budget

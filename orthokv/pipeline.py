@@ -34,11 +34,11 @@ from orthokv.models.geometry import geometry_of
 from orthokv.models.loading import load, read_geometry
 from orthokv.models.source import ModelSource, load_tokenizer
 from orthokv.models.streaming import Streaming, streamed_weights
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import on_model, planned_bases
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile, LayerProfile
-from orthokv.plan.search import allocate_for_perplexity
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import on_model, planned_bases
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile, LayerProfile
+from orthokv.planning.search import allocate_for_perplexity
 from orthokv.runtime.seam import Seam
 from orthokv.spec.check import calibrated_positions, check
 from orthokv.spec.codec import codec_spec
@@ -279,7 +279,7 @@ def make_plan(
         model: where codec `native` is asked for, also says how many bytes its numbers have; without it they count as 4.
 
     Raises:
-        BudgetUnreachable: see `orthokv.plan.allocate.allocate`.
+        BudgetUnreachable: see `orthokv.planning.allocate.allocate`.
         InvalidSetting: a perplexity budget without a model and held-out blocks.
     """
     budget, grid = target.budget, target.grid
@@ -338,7 +338,15 @@ def polish_plan(
 
 @dataclass(frozen=True)
 class Compressed:
-    """What :func:`compress` made."""
+    """What a compression made.
+
+    Attributes:
+        checkpoint: as it was read back from its folder.
+        profile: errors of every layer at every candidate rank, which serves other budgets as well.
+        plan: the ranks that were chosen.
+        measured: quality and bytes on the held-out blocks (`orthokv.measure.checkpoint.evaluate_checkpoint`).
+        reached: of a `perplexity_increase` budget: the increase on the held-out blocks, and its bound for other text.
+    """
 
     checkpoint: Checkpoint
     profile: ErrorProfile
@@ -354,14 +362,18 @@ def compress(
     out: Path,
     settings: FitSettings | None = None,
     *,
+    model: PreTrainedModel | None = None,
     device: str = "auto",
     streaming: Streaming = "auto",
     report: Reporter = silent,
 ) -> Compressed:
-    """Fit, plan, polish, write a checkpoint to ``out`` and measure it on the held-out blocks.
+    """Fit, plan, polish, write a checkpoint to `out` and measure it on the held-out blocks.
 
-    A model larger than the memory is streamed from disk (see :func:`load`); long blocks of large models can be kept there
-    too, with :func:`orthokv.models.states.spilled_to` around the call.
+    A model larger than the memory is streamed from disk (see `orthokv.models.loading.load`); long blocks of large models can be
+    kept there too, with `orthokv.models.states.spilled_to` around the call.
+
+    Args:
+        model: of `source`, where it is loaded already; it is used where it lies.
 
     Raises:
         OrthoKVError: any of its kinds; nothing is left at ``out``.
@@ -370,7 +382,7 @@ def compress(
     # What can be refused is refused before any weight is read.
     refuse_taken(out)
     check(read_geometry(source), settings, target)
-    model = load(source, device, streaming=streaming)
+    model = load(source, device, streaming=streaming) if model is None else model
     can_refine(model, refine_steps=settings.refine_steps, polish_steps=target.polish_steps)
     blocks = prepare_blocks(source, text, settings, model, report)
     layers = list(fit_layers(model, blocks, settings, report=report))

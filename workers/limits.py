@@ -101,7 +101,7 @@ def require_isolation() -> None:
     """Raises `CannotIsolate`, before any job meets it."""
     refused = "ORTHOKV_ISOLATE_STEPS cannot be kept here"
     if sys.platform != "linux":
-        raise CannotIsolate(f"{refused}: this is no Linux")
+        raise CannotIsolate(f"{refused}: this is not Linux")
     command = [sys.executable, "-I", "-S", str(TETHER), str(os.getpid()), "NETWORK=0", "true"]
     tried = subprocess.run(command, check=False, capture_output=True, text=True)
     if tried.returncode != 0:

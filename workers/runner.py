@@ -32,7 +32,7 @@ from orthokv.models.source import ModelSource, resolve_model
 from orthokv.models.states import spilled_to
 from orthokv.models.streaming import stored_tensors
 from orthokv.pipeline import build_profile, fit_layers, make_plan, polish_plan, prepare_blocks
-from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.planning.profile import ErrorProfile, LayerProfile
 from orthokv.show.plots import plot_profile
 from orthokv.spec.check import check
 from orthokv.spec.errors import BudgetUnreachable, OrthoKVError

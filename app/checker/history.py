@@ -52,7 +52,7 @@ class Replay:
 
 
 def replay(events: Sequence[Event], step_of_layer: dict[int, StepKey]) -> Replay:
-    """Replay events in the order of their numbers. Events of before fences were recorded are not judged by them."""
+    """Replay events in the order of their numbers. Events from before fences were recorded are not judged by them."""
     found = Replay()
     running: set[StepKey] = set()
     cancelled = False

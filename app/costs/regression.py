@@ -78,11 +78,6 @@ class _Sums:
         return Line(self.a / self.aa, 0.0)
 
 
-def fit_line(runs: Sequence[Run]) -> Line:
-    """The line through runs, of which there is at least one."""
-    return _sums(runs).line()
-
-
 def predict(runs: Sequence[Run], flop: float) -> Band:
     """What past runs say of another one. Needs `MIN_RUNS`."""
     if len(runs) < MIN_RUNS:

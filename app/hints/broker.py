@@ -18,7 +18,7 @@ from app.settings import DEFAULT_GPU_CLASS
 TASK = "orthokv.claim"
 CONNECT_SECONDS = 2.0
 CLOSE_SECONDS = 5.0
-# A hint that nobody took for so long is no news: whoever comes later looks at the database first.
+# A hint that nobody took in this time is not news: whoever comes later looks at the database first.
 HINT_LIFE_SECONDS = 60
 
 log = structlog.get_logger(__name__)

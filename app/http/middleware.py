@@ -45,7 +45,7 @@ class PlainQueries:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         query = scope.get("query_string", b"").decode("latin-1")
         if query and not is_storable(unquote(query, errors="surrogateescape")):
-            problem = Problem(Code.INVALID_REQUEST, "The query holds a character that is no text.")
+            problem = Problem(Code.INVALID_REQUEST, "The query holds a character that is not text.")
             response = render(problem, path=scope["path"], request_id=scope["state"]["request_id"])
             await response(scope, receive, send)
             return

@@ -18,7 +18,7 @@ from app.infra.compat import H11Protocol
 ZERO_COPY = "http.response.zerocopysend"
 # The loop turns to other requests after each part, however fast this client reads.
 PART_BYTES = 4 << 20
-# A client that takes nothing for so long is gone, or wants to hold the connection.
+# A client that takes nothing in this time is gone, or wants to hold the connection.
 STALL_SECONDS = 60.0
 
 

@@ -42,7 +42,7 @@ def is_token(text: str) -> bool:
 
 
 def prefix(key_id: str) -> str:
-    """The part of a key that is no secret: it finds the row."""
+    """The part of a key that is not secret: it finds the row."""
     return f"okv_{key_id.removeprefix('key_')}"
 
 

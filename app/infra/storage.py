@@ -93,7 +93,7 @@ class Storage:
         return isinstance(self._store, _SIGNING)
 
     async def sign(self, key: str, *, seconds: float) -> str:
-        """A URL that reads this one object, and no other, for so long. Whoever has it may use it."""
+        """A URL that reads this one object, and no other, for this time. Whoever has it may use it."""
         if not isinstance(self._store, _SIGNING):
             raise StorageError("this store cannot sign URLs")
         try:
@@ -198,7 +198,7 @@ class Storage:
                     yield meta["path"]
 
     def delete(self, keys: list[str]) -> None:
-        """Delete objects; those that are gone already are no error. Raises `StorageError`."""
+        """Delete objects; those that are gone already are not an error. Raises `StorageError`."""
         try:
             if self._root is None:
                 obstore.delete(self._store, keys)

@@ -250,7 +250,7 @@ def stuck_cancels(session: Session, *, grace_seconds: float) -> list[str]:
         select(Job.id)
         .where(
             Job.status == JobStatus.CANCELLING,
-            # A request of the future is one of before the clock was put back: nobody will answer it.
+            # A request in the future was made before the clock was put back: nobody will answer it.
             or_(Job.cancel_requested_at < now(-grace_seconds), Job.cancel_requested_at > now(grace_seconds)),
         )
         .order_by(Job.id)

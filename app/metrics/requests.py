@@ -69,6 +69,6 @@ def route_of(scope: Scope) -> str:
 
 
 def _ids(scope: Scope) -> dict[str, str]:
-    """Ids of the path, under the names that logs have for them everywhere; nothing that is no id."""
+    """Ids of the path, under the names that logs have for them everywhere; only what is an id."""
     found: dict[str, str] = scope.get("path_params") or {}
     return {name: value for name, value in found.items() if _ID.fullmatch(str(value))}

@@ -80,8 +80,8 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str = "
         revision: a branch, made where it is missing.
 
     Raises:
-        InvalidSetting: ``repo_id`` or ``revision`` is no name of the hub's.
-        InvalidCheckpoint: the folder is no sound checkpoint, or lists files of other kinds.
+        InvalidSetting: `repo_id` or `revision` is not a name that the hub takes.
+        InvalidCheckpoint: the folder is not a sound checkpoint, or lists files of other kinds.
         PushFailed: the hub refuses or cannot be reached, or the repository holds another model.
     """
     return upload(prepare(folder, repo_id), private=private, revision=revision)

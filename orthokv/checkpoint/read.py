@@ -44,7 +44,17 @@ ORTHONORMALITY_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory. ``config`` is ``orthokv.json``; ``bases`` one pair a layer, float32, on the CPU."""
+    """A verified checkpoint in memory.
+
+    Attributes:
+        folder: where it lies.
+        config: `orthokv.json`: the base model, the ranks, the cache's bytes, the calibration text, what was measured.
+        geometry: of the model that it is for.
+        key_mode: keys are cached before (`pre`) or after (`post`) rotary embedding.
+        sharing: which KV heads share a basis; see `FitSettings`.
+        codec: how latents are stored.
+        bases: of each layer, one basis for keys and one for values: float32, on the CPU.
+    """
 
     folder: Path
     config: CheckpointRecord
@@ -67,12 +77,16 @@ class Checkpoint:
         return sequences * Footprint(self.geometry, self.key_mode).cache_bytes(self.layers(codec), tokens)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: str | Path) -> Checkpoint:
     """Read and verify a checkpoint: digests, version, shapes, finiteness and orthonormality.
+
+    Args:
+        folder: a local folder; `attach` also takes a hub id.
 
     Raises:
         InvalidCheckpoint: anything is missing or does not hold; names the file, tensor or field.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise InvalidCheckpoint(f"{folder} is not a folder")
     verify_files(folder, [CONFIG, TENSORS])

@@ -23,8 +23,8 @@ from orthokv.files.digests import SUMS, read_sums, sums_of
 from orthokv.files.folders import new_folder, swap_files
 from orthokv.files.reading import read_json
 from orthokv.models.source import ModelSource
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile
 from orthokv.runtime.measure import live_bytes_per_token
 from orthokv.spec.errors import CheckpointMismatch, InvalidSetting, StorageError
 from orthokv.spec.geometry import Geometry

@@ -1,11 +1,11 @@
-"""``orthokv``: the library from a terminal. Exit codes: 0 done, 2 bad input, 3 budget unreachable, 1 a defect of ours."""
+"""``orthokv``: the library from a terminal. Exit codes: 0 done, 2 bad input, 3 budget unreachable, 1 a bug."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -76,6 +76,15 @@ def _add_unavailable(name: str, missing: str) -> None:
     anything = {"ignore_unknown_options": True, "allow_extra_args": True}
     about = f"Needs pip install {install} ({missing} is not installed)."
     app.command(name, help=about, context_settings=anything)(command)
+
+
+def commands() -> list[Any]:
+    """Every command that is installed, for the documentation: the library's own first, then the others by name."""
+    own = len(app.registered_commands)
+    _add_commands()
+    group: Any = typer.main.get_command(app)
+    found = list(group.commands.values())
+    return [*found[:own], *sorted(found[own:], key=lambda command: str(command.name))]
 
 
 def main(arguments: list[str] | None = None) -> None:

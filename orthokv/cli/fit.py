@@ -100,40 +100,35 @@ def compress(
         codec=codec,  # type: ignore[arg-type]
         polish_steps=polish_steps,
     )
-    from orthokv.models.loading import read_geometry
+    from orthokv import face
     from orthokv.models.memory import GIB, peak_bytes, peak_device_bytes
-    from orthokv.models.source import resolve_model
-    from orthokv.models.states import spilled_to
-    from orthokv.pipeline import compress as run
     from orthokv.show.tables import plan_table
 
-    refuse_taken(out)
     given.check_spill(spill)
-    source = resolve_model(model, revision=revision)
-    settings = FitSettings(
-        method=method,
-        sharing=sharing,  # type: ignore[arg-type]
-        key_mode=key_mode,  # type: ignore[arg-type]
-        parameterisation=parameterisation,
-        steps=steps,
-        epochs=epochs,
-        refine_steps=refine_steps,
-        propagate=propagate,
-        num_samples=num_samples,
-        sequence_length=given.length(sequence_length, read_geometry(source).max_positions),
-        positions=positions,
-        seed=seed,
-    )
-    with reporter() as report, spilled_to(spill):
-        made = run(
-            source,
-            given.text(dataset, field),
-            target,
-            out,
-            settings,
+    with reporter() as report:
+        made = face.compress(
+            model,
+            dataset,
+            out=out,
+            target=target,
+            field=field,
+            revision=revision,
             device=device,
             streaming=streaming,  # type: ignore[arg-type]
+            spill=spill,
             report=report,
+            method=method,
+            sharing=sharing,
+            key_mode=key_mode,
+            parameterisation=parameterisation,
+            steps=steps,
+            epochs=epochs,
+            refine_steps=refine_steps,
+            propagate=propagate,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            positions=positions,
+            seed=seed,
         )
     if as_json:
         print_json(
@@ -190,10 +185,10 @@ def compare(
     from orthokv.pipeline import prepare_blocks
     from orthokv.show.tables import comparison_table
     from orthokv.text.packing import load_blocks
-    from orthokv.text.source import TextSource
+    from orthokv.text.source import TextSource, needs_text, text_of
 
     given.check_plot(plot)
-    given.needs_text(evaluation)
+    needs_text(evaluation)
     choices = [MethodChoice.parse(text) for text in methods.split(",")]
     shares = given.shares(kept)
     rules = [rule for rule in ALLOCATIONS if rule != "threshold"]  # which only some methods have
@@ -216,7 +211,7 @@ def compare(
             check(geometry, choice.settings(settings), Target(Budget("kept", share)))
     loaded = load(source, device, streaming=streaming)  # type: ignore[arg-type]
     with reporter() as report:
-        blocks = prepare_blocks(source, given.text(dataset, field), settings, loaded, report)
+        blocks = prepare_blocks(source, text_of(dataset, field), settings, loaded, report)
         held_out = load_blocks(
             TextSource(evaluation, field=field),
             load_tokenizer(source),
@@ -262,8 +257,6 @@ def plan(
     revision: Revision = None,
 ) -> None:
     """Make another checkpoint from a stored profile, of its own bases: seconds, no fitting, no polish, no model."""
-    from orthokv.checkpoint.write import write_checkpoint
-
     target = Target(
         Budget.from_options(kept=kept, layer_error=layer_error),
         grid=given.grid(rank_multiple, rank_choices),
@@ -271,15 +264,12 @@ def plan(
         form=form,  # type: ignore[arg-type]
         codec=codec,  # type: ignore[arg-type]
     )
-    from orthokv.pipeline import make_plan
-    from orthokv.plan.profile import ErrorProfile
+    from orthokv import face
     from orthokv.show.tables import plan_table
 
     refuse_taken(out)
-    found = ErrorProfile.load(profile)
-    chosen, _ = make_plan(found, target)
-    base = given.base_of(found.model, model, revision) if form == "full" else None
-    write_checkpoint(found, chosen, out, form=target.form, base=base)
+    found = face.load_profile(profile)
+    chosen = face.plan(found, out=out, target=target, model=model, revision=revision)
     out_console.print(plan_table(chosen, found))
     out_console.print(
         f"checkpoint: {out} (quality not measured: orthokv evaluate {out} --dataset FILE)", soft_wrap=True

@@ -13,35 +13,17 @@ from orthokv.spec.settings import default_length
 
 if TYPE_CHECKING:
     from orthokv.models.source import ModelSource
-    from orthokv.text.source import TextMixture, TextSource
 
 
 def length(given: int | None, longest: int) -> int:
     return default_length(longest) if given is None else given
 
 
-def text(names: list[str], field: str) -> TextSource | TextMixture:
-    from orthokv.text.source import TextMixture, TextSource
-
-    parts = tuple(TextSource(name, field=field) for name in names)
-    return parts[0] if len(parts) == 1 else TextMixture(parts)
-
-
 def base_of(recorded: BaseModel, model: str | None, revision: str | None) -> ModelSource:
     """The base model that the user names, else the recorded one, at its recorded commit."""
-    from orthokv.models.source import resolve_model
+    from orthokv.models.source import recorded_model, resolve_model
 
-    if model is None:
-        return resolve_model(recorded["id"], revision=revision or recorded["revision"])
-    return resolve_model(model, revision=revision)
-
-
-def needs_text(dataset: str) -> None:
-    """Text that the model writes flatters it: predictions are measured on text that it did not."""
-    if dataset == "self":
-        raise InvalidSetting(
-            "measuring needs text that the model did not write itself: name a file or a data set"
-        )
+    return recorded_model(recorded, revision) if model is None else resolve_model(model, revision=revision)
 
 
 def check_spill(spill: Path | None) -> None:

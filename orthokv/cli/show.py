@@ -43,32 +43,26 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a checkpoint: perplexity, KL, layer errors, live cache bytes and decoding speed."""
+    from orthokv import face
     from orthokv.checkpoint.read import read_checkpoint
-    from orthokv.measure.checkpoint import evaluate_checkpoint
-    from orthokv.models.loading import load
-    from orthokv.models.source import load_tokenizer
-    from orthokv.models.states import spilled_to
-    from orthokv.spec.geometry import check_positions
-    from orthokv.text.packing import load_blocks
-    from orthokv.text.source import TextSource
 
     given.check_spill(spill)
-    found = read_checkpoint(checkpoint)
-    length = given.length(sequence_length, found.geometry.max_positions - start_position)
-    if start_position:
-        check_positions(found.geometry, start_position + length)
-    given.needs_text(dataset)
-    source = given.base_of(found.config["base_model"], model, revision)
-    blocks = load_blocks(
-        TextSource(dataset, field=field),
-        load_tokenizer(source),
-        num_samples=num_samples,
-        sequence_length=length,
-        max_positions=found.geometry.max_positions,
-    ).placed([start_position] * num_samples)
-    loaded = load(source, device, streaming=streaming)  # type: ignore[arg-type]
-    with reporter() as report, spilled_to(spill):
-        measured = evaluate_checkpoint(loaded, found, blocks, speed=True, report=report)
+    found = read_checkpoint(checkpoint)  # a folder: nothing is fetched from the hub here
+    with reporter() as report:
+        measured = face.evaluate(
+            found,
+            dataset,
+            model=model,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            start_position=start_position,
+            field=field,
+            revision=revision,
+            device=device,
+            streaming=streaming,  # type: ignore[arg-type]
+            spill=spill,
+            report=report,
+        )
     if as_json:
         print_json(measured)
     else:
@@ -83,7 +77,7 @@ def inspect(
     """Verify every file of a checkpoint or profile and show what is in it."""
     from orthokv.checkpoint.read import read_checkpoint
     from orthokv.files.digests import verify_files
-    from orthokv.plan.profile import ErrorProfile
+    from orthokv.planning.profile import ErrorProfile
     from orthokv.show.tables import profile_table
     from orthokv.spec.names import CONFIG
 

@@ -22,12 +22,6 @@ def model_logits(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Tens
     return logits
 
 
-@torch.no_grad()
-def block_logits(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Tensor:
-    """:func:`model_logits` in float32, without gradients."""
-    return model_logits(model, tokens, start).float()
-
-
 def kl_sum(dense: Tensor, other: Tensor) -> Tensor:
     """Sum over tokens of KL(dense || other), nats, from logits ``[tokens, vocabulary]``; differentiable, float64."""
     p, q = dense.float().log_softmax(-1), other.float().log_softmax(-1)

@@ -15,8 +15,8 @@ import numpy as np
 from orthokv.fit.measuring import measure_layer
 from orthokv.fit.methods.base import Method
 from orthokv.fit.task import LayerView
-from orthokv.plan.profile import Candidate, LayerProfile
-from orthokv.plan.surface import interpolate
+from orthokv.planning.profile import Candidate, LayerProfile
+from orthokv.planning.surface import interpolate
 from orthokv.spec.sharing import sharings_of
 from orthokv.spec.vocabulary import Sharing, SharingChoice
 

@@ -7,7 +7,7 @@ import torch
 from orthokv.bases.basis import Bases, Basis
 from orthokv.fit.methods.base import FittedBases
 from orthokv.fit.task import LayerTask
-from orthokv.plan.profile import LayerProfile, Spread
+from orthokv.planning.profile import LayerProfile, Spread
 from orthokv.spec.rankgrid import candidate_ranks
 from orthokv.spec.settings import SPREAD_BLOCKS
 from orthokv.spec.vocabulary import Sharing

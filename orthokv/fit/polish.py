@@ -13,8 +13,8 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from orthokv.fit.refine import CHECKS, Refinement, can_refine, refine, watched_texts
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.progress import Reporter, silent
 from orthokv.spec.steps import polish_steps

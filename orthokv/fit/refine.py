@@ -27,10 +27,10 @@ from orthokv.models.geometry import decoder_layers
 from orthokv.models.repeatable import repeatable
 from orthokv.models.states import layers_replaced, pass_on
 from orthokv.models.streaming import streamed_weights
-from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile
-from orthokv.plan.search import smallest_kept
+from orthokv.planning.allocate import allocate
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile
+from orthokv.planning.search import smallest_kept
 from orthokv.runtime.seam import Seam, compressed
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidDataset, InvalidModel, InvalidSetting

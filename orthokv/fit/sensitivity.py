@@ -10,8 +10,8 @@ from orthokv.bases.basis import LayerBases
 from orthokv.fit.divergence import divergence
 from orthokv.fit.walk import LayerWalk
 from orthokv.models.states import empty_states
-from orthokv.plan.bases import on_model
-from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.planning.bases import on_model
+from orthokv.planning.profile import ErrorProfile, LayerProfile
 from orthokv.runtime.seam import Seam, compressed
 from orthokv.spec.progress import Reporter, Step, silent
 from orthokv.text.blocks import Blocks, evenly

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from orthokv.bases.basis import LayerBases
-from orthokv.fit.divergence import block_logits, divergence
+from orthokv.fit.divergence import divergence
 from orthokv.fit.task import Comparison, LayerTask
 from orthokv.fit.walk import LayerWalk
 from orthokv.models.states import empty_states
@@ -150,12 +150,6 @@ def _compare_predictions(walk: LayerWalk, dense_states: Tensor, states: Tensor) 
     if not all(math.isfinite(x) for x in (found.perplexity, found.perplexity_dense, found.kl)):
         raise InvalidModel(f"the predictions are not finite: {found}")
     return found
-
-
-def perplexity(model: PreTrainedModel, blocks: Blocks) -> float:
-    """Perplexity of a model as it is."""
-    total = sum(_nll(block_logits(model, *block), block.tokens) for block in blocks)
-    return _perplexity(total / (len(blocks) * (blocks.tokens.shape[1] - 1)))
 
 
 @torch.no_grad()

@@ -47,6 +47,7 @@ from orthokv.spec.errors import (
 )
 from orthokv.spec.hub_ids import is_hub_id
 from orthokv.spec.names import MODEL_SETTINGS, TOKENIZER_FILES, VOCABULARIES
+from orthokv.spec.records import BaseModel
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -132,6 +133,11 @@ def resolve_model(
     return ModelSource(model, commit, folder, _verify(model, folder, files), files)
 
 
+def recorded_model(recorded: BaseModel, revision: str | None = None) -> ModelSource:
+    """The model that a profile or checkpoint names, at the commit that it names unless `revision` says another."""
+    return resolve_model(recorded["id"], revision=revision or recorded["revision"])
+
+
 def _refuse_large(model: str, sizes: Mapping[str, int], max_weight_bytes: int | None) -> None:
     found = sum(size for name, size in sizes.items() if name.endswith(".safetensors"))
     if max_weight_bytes is not None and found > max_weight_bytes:
@@ -156,7 +162,7 @@ def _hub_errors(model: str, revision: str | None) -> Iterator[None]:
     except hub.GatedRepoError as error:
         raise ModelGated(f"model {model} is gated: accept its terms on the hub and log in there") from error
     except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-        raise ModelNotFound(f"{model} is no folder, and no model that the hub shows you") from error
+        raise ModelNotFound(f"{model} is neither a folder nor a model that the hub shows you") from error
     except hub.RevisionNotFoundError as error:
         raise ModelNotFound(f"model {model} has no revision {revision!r}") from error
     except Exception as error:

@@ -80,7 +80,7 @@ def stored_tensors(source: ModelSource) -> dict[str, StoredTensor]:
     """Every tensor of a model by the name it has in the files; no weight is read.
 
     Raises:
-        InvalidModel: a tensor is of a dtype that is no plain number.
+        InvalidModel: a tensor's dtype is not a plain number.
     """
     found: dict[str, StoredTensor] = {}
     for name in source.files:

@@ -66,9 +66,12 @@ def attach(
     """Make a loaded model keep its cache in a checkpoint's latent space. The model is changed in place and returned.
 
     Args:
-        model: loaded with ``sdpa`` or ``eager`` attention; weights may be quantised.
+        model: loaded with `sdpa` or `eager` attention; weights may be quantised.
         checkpoint: a folder, a hub id, or a checkpoint already read.
-        codec: how latents are stored, instead of what the checkpoint says (see :mod:`orthokv.runtime.codecs`).
+        codec: how latents are stored, instead of what the checkpoint says: `16-bit` or `native`.
+
+    Returns:
+        The same model.
 
     Raises:
         InvalidCheckpoint: the checkpoint is truncated, altered or of another version.
@@ -98,7 +101,7 @@ def attach(
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Undo :func:`attach`: the model is as it was before.
+    """Undo `attach`: the model is as it was before.
 
     Raises:
         InvalidSetting: nothing is attached.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @register_quantization_config(QUANT_METHOD)
 class OrthoKVConfig(QuantizationConfigMixin):
-    """The ``quantization_config`` block of a full checkpoint; all numbers live in ``orthokv.json`` beside it."""
+    """The `quantization_config` block of a full checkpoint; all numbers live in `orthokv.json` beside it."""
 
     def __init__(
         self, format_version: int = FORMAT_VERSION, key_mode: str = "", sharing: str = "", **_: Any
@@ -38,7 +38,7 @@ class OrthoKVConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class OrthoKVQuantizer(HfQuantizer):
-    """Attaches the bases once the weights are in place."""
+    """Attaches the bases once the weights are in place: so `AutoModelForCausalLM.from_pretrained` loads a full checkpoint."""
 
     requires_calibration = (
         True  # bases come with the checkpoint; a plain model cannot be quantised on the fly

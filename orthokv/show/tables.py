@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile, LayerProfile
-from orthokv.plan.surface import interpolate
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile, LayerProfile
+from orthokv.planning.surface import interpolate
 from orthokv.show.results import ComparisonRow, Summary, summarise
 from orthokv.show.wording import KEY_MODES_IN_WORDS, markdown, number, percent
 
@@ -131,19 +131,6 @@ def comparison_table(rows: list[ComparisonRow], dense_perplexity: float) -> Tabl
         names = [Text(name) for name in (row.method, row.sharing, row.key_mode)]
         table.add_row(*names, *_comparison_cells(row), style="bold" if best else None)
     return table
-
-
-def comparison_markdown(rows: list[ComparisonRow]) -> str:
-    """The comparison as a GitHub table, the uncompressed model first."""
-    lines: list[list[str]] = []
-    if rows:
-        lines.append(
-            ["dense", "", "", "", percent(1.0), "", number(rows[0].perplexity_dense), "1", "", "", ""]
-        )
-    for row in rows:
-        names = [re.sub(r"[|\s]+", " ", name) for name in (row.method, row.sharing, row.key_mode)]
-        lines.append([*names, *_comparison_cells(row)])
-    return markdown(("method", "sharing", "keys", *_COMPARISON), lines, left=3) + "\n"
 
 
 # ------------------------------------------------------------------------------------- many seeds, one text

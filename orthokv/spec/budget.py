@@ -16,10 +16,10 @@ class Budget:
     """One number to stay below.
 
     Attributes:
-        metric: ``kept``: stored bytes over the bytes of the 16-bit cache, in (0, 1]. ``layer_error``: relative error of every
-            decoder layer's output. ``perplexity_increase``: perplexity over the uncompressed model's minus 1, on a held-out
+        metric: `kept`: stored bytes over the bytes of the 16-bit cache, in (0, 1]. `layer_error`: relative error of every
+            decoder layer's output. `perplexity_increase`: perplexity over the uncompressed model's minus 1, on a held-out
             slice of the calibration data.
-        value: the bound, same unit.
+        value: the bound, in the unit of its metric.
     """
 
     metric: Metric
@@ -35,7 +35,7 @@ class Budget:
 
     @classmethod
     def from_options(cls, **options: float | None) -> Budget:
-        """Exactly one of ``kept``, ``layer_error`` and ``perplexity_increase``."""
+        """Exactly one of `kept`, `layer_error` and `perplexity_increase`."""
         given = {name: value for name, value in options.items() if value is not None}
         if len(given) != 1:
             names = ", ".join("--" + name.replace("_", "-") for name in METRICS)

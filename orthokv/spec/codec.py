@@ -14,7 +14,7 @@ EXACT_BYTES = 2
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """The sizes of a codec. Its unit is a block of `block` tokens of one group, with its scales inside.
+    """The sizes of a codec, whose unit is a block of `block` tokens of one group with its scales inside.
 
     Attributes:
         name: as in `CODECS`.
@@ -62,7 +62,7 @@ SIXTEEN_BIT = CodecSpec("16-bit", 16)
 def codec_spec(name: str, number_bytes: int = EXACT_BYTES) -> CodecSpec:
     """A codec by name, under a model whose own numbers take `number_bytes`.
 
-    `16-bit` stores 16 bits whatever the model computes in; `native` the model's own numbers, which rounds nothing.
+    `16-bit` stores 16 bits whatever the model computes in; `native` stores the model's own numbers, which rounds nothing.
 
     Raises:
         InvalidSetting: there is no such codec.

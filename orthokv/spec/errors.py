@@ -7,7 +7,7 @@ from __future__ import annotations
 
 
 class OrthoKVError(Exception):
-    """Base of every error that is not a defect of ours."""
+    """Base of every error that is not a bug."""
 
     code = "internal"
 

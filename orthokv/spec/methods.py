@@ -18,7 +18,7 @@ class MethodSettings:
 
     Attributes:
         name: what a user calls it.
-        matrices: that a basis has: 1 where encoder and decoder are one orthonormal matrix, 2 where they differ.
+        matrices: of a basis: 1 where encoder and decoder are one orthonormal matrix, 2 where they differ.
         spectra: singular values are kept beside the bases.
         refine_steps: steps of the last stage (`orthokv.fit.refine`) where nothing else is asked for.
     """

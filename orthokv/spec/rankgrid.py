@@ -20,7 +20,7 @@ class RankGrid:
         multiple: every rank is a multiple of it; matrix units like 8 or 16.
         choices: if any, every rank is one of these: a server that compiles a kernel for each shape wants a short list.
 
-    Both also bind the full rank: a width that is no multiple, or not in the list, is never cached whole.
+    Both also bind the full rank: a width that is not such a multiple, or not in the list, is never cached whole.
     """
 
     multiple: int = 1
@@ -34,11 +34,11 @@ class RankGrid:
 
     @property
     def free(self) -> bool:
-        """Nothing was asked: rules may also use ranks between those of :meth:`ranks`."""
+        """Nothing was asked: rules may also use ranks between those of `ranks`."""
         return self == FREE
 
     def ranks(self, measured: tuple[int, ...]) -> tuple[int, ...]:
-        """Usable ranks, ascending, for a basis that was measured at ``measured`` (the last is its width).
+        """Usable ranks, ascending, for a basis that was measured at `measured` (the last is its width).
 
         Ranks below the smallest measured one are left out: their error would be extrapolated.
 

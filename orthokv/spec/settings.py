@@ -27,19 +27,20 @@ class FitSettings:
 
     Attributes:
         method: a key of `orthokv.spec.methods.METHODS`.
-        sharing, key_mode: see :mod:`orthokv.spec.vocabulary`; ``auto`` fits every layer in several forms
-            (:mod:`orthokv.fit.grouping`).
+        sharing: which KV heads share a basis: `head`, each has its own; `tied`, keys of all heads have one, values one each;
+            `pair`, `quad` and `joint`: every 2, every 4, all together; `auto` chooses among these last for each layer.
+        key_mode: keys are cached before (`pre`) or after (`post`) rotary embedding.
         parameterisation, steps, epochs: settings of the method; None takes the method's default.
-        refine_steps: steps of the last stage, all layers together (:mod:`orthokv.fit.refine`); 0 leaves it out, None takes the
+        refine_steps: steps of the last stage, all layers together (`orthokv.fit.refine`); 0 leaves it out, None takes the
             method's default.
         options: other hyper-parameters of the method, by name.
         propagate: None fits every layer on what the *uncompressed* layers before it produce, so that layers are independent.
             A share of the widths in (0, 1] fits each on what the layers before it produce when they are cut to that share;
             layers can then only be fitted in order, by one worker.
         num_samples, sequence_length: calibration blocks, of which one in eight is held out.
-        positions: key mode ``post`` only, whose bases depend on absolute positions: the blocks are spread over
-            ``0..positions - 1``, which should be what the checkpoint will serve; None: the model's longest context
-            (``docs/decisions/0010-positions-after-rope.md``).
+        positions: key mode `post` only, whose bases depend on absolute positions: the blocks are spread over
+            `0..positions - 1`, which should be what the checkpoint will serve; None: the model's longest context
+            (`docs/decisions/0010-positions-after-rope.md`).
         seed: of everything random.
         profile_samples: blocks on which the error surface is measured.
         batch_size: blocks in one forward of a layer.
@@ -98,6 +99,7 @@ class FitSettings:
 
     @property
     def holdout(self) -> int:
+        """How many of the blocks are held out of the fit."""
         return held_out(self.num_samples)
 
 

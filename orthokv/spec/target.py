@@ -19,13 +19,14 @@ class Target:
     Attributes:
         budget: the one number to stay below.
         grid: ranks that may be used.
-        allocation: the rule that chooses among them (`orthokv.plan.allocate`).
+        allocation: the rule that chooses among them: `knapsack`, `greedy`, `uniform`, or the papers' `pareto` and
+            `threshold` (`orthokv.planning.allocate`).
         form: `adapter`: the bases alone; `full`: with the base model's own files.
-        codec: how latents are stored.
+        codec: how latents are stored: `16-bit`, or `native`, in the model's own dtype.
         polish_steps: steps of a refinement at the chosen ranks; 0 leaves it out, None takes half of the profile's own.
 
     Raises:
-        InvalidSetting: a word that is none of its kind, or steps that are none or that the budget never takes.
+        InvalidSetting: an unknown word, a negative number of steps, or a polish under a budget that never takes one.
     """
 
     budget: Budget

@@ -17,7 +17,7 @@ SHARING_CHOICES: tuple[SharingChoice, ...] = get_args(SharingChoice)
 # KV heads in a group, where that is not all of them.
 GROUP_HEADS = {"head": 1, "tied": 1, "pair": 2, "quad": 4}
 
-# How ranks are chosen within a budget (`orthokv.plan.allocate`).
+# How ranks are chosen within a budget (`orthokv.planning.allocate`).
 Allocation = Literal["knapsack", "greedy", "uniform", "pareto", "threshold"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 

@@ -135,7 +135,7 @@ class Blocks:
                 tokens = file.get_tensor("tokens")
             described = json.loads(metadata["orthokv"])
             digest, source = described["digest"], described["source"]
-            starts = described.get("starts")  # a file of before there were any
+            starts = described.get("starts")  # files written before starts were recorded have none
         except (KeyError, ValueError) as error:
             raise InvalidDataset(f"{path} holds no token blocks: {error} is missing") from error
         except (OSError, SafetensorError) as error:
@@ -146,7 +146,7 @@ class Blocks:
         if starts is None:
             return blocks
         if not isinstance(starts, list) or not all(type(start) is int for start in starts):
-            raise InvalidDataset(f"token blocks {path} begin at {starts!r}, which are no positions")
+            raise InvalidDataset(f"token blocks {path} begin at {starts!r}, which are not positions")
         try:
             return blocks.placed(starts)
         except InvalidSetting as error:

@@ -199,7 +199,9 @@ def _hub_texts(source: TextSource) -> Iterator[str]:
         raise
     except Exception as error:  # each file format, the hub client and fsspec have errors of their own
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise InvalidDataset(f"{name} is no file, and no hub data set that can be read: {reason}") from error
+        raise InvalidDataset(
+            f"{name} is neither a file nor a hub data set that can be read: {reason}"
+        ) from error
 
 
 def _extra(module: str, source: TextSource) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -20,10 +21,15 @@ SUFFIXES |= {".txt": "text", ".md": "text", ".parquet": "parquet"}
 
 @dataclass(frozen=True)
 class TextSource:
-    """Where text comes from: a file, the id of a hub data set, or ``self`` (the model's own samples).
+    """Where text comes from: a file, the id of a hub data set, or `self` (the model's own samples).
 
-    ``format`` None decides by suffix; a name that is no file and has no known suffix is a hub id. ``field``
-    names the text in a row; ``split`` and ``config`` choose a part of a hub data set.
+    Attributes:
+        source: a path, an id, or `self`.
+        format: `jsonl`, `text`, `parquet`, `hub` or `self`; None decides by suffix, and takes a name that is not a file and has
+            no known suffix for a hub id.
+        field: of a row, the field that holds the text.
+        split: the part of a hub data set.
+        config: the configuration of a hub data set, where it has several.
     """
 
     source: str
@@ -37,7 +43,7 @@ class TextSource:
             raise InvalidSetting(f"format must be one of {', '.join(get_args(Format))}, not {self.format!r}")
 
     def resolved_format(self) -> Format:
-        """The format to read; raises InvalidDataset where neither suffix nor name tells it."""
+        """The format to read; raises `InvalidDataset` where neither suffix nor name tells it."""
         path = Path(self.source)
         if self.format is not None or self.source == "self":
             return self.format or "self"
@@ -81,3 +87,35 @@ class TextMixture:
         if num_samples < count:
             raise InvalidSetting(f"{num_samples} samples cannot be shared among {count} texts")
         return [num_samples // count + (i < num_samples % count) for i in range(count)]
+
+
+def text_of(
+    dataset: str | Path | TextSource | TextMixture | Sequence[str | Path | TextSource], field: str = "text"
+) -> TextSource | TextMixture:
+    """What a user calls a dataset: a file, a hub data set id, `self`, or several of these, mixed in equal parts.
+
+    Args:
+        field: of a row, where a source is given by its name alone.
+
+    Raises:
+        InvalidSetting: there is none, or one is named twice.
+    """
+    if isinstance(dataset, TextMixture):
+        return dataset
+    named = [dataset] if isinstance(dataset, (str, Path, TextSource)) else list(dataset)
+    if not named:
+        raise InvalidSetting("name at least one text")
+    parts = tuple(one if isinstance(one, TextSource) else TextSource(str(one), field=field) for one in named)
+    return parts[0] if len(parts) == 1 else TextMixture(parts)
+
+
+def needs_text(source: str) -> None:
+    """Refuse `self`: text that the model writes flatters it, so predictions are measured on text that it did not write.
+
+    Raises:
+        InvalidSetting: it is `self`.
+    """
+    if source == "self":
+        raise InvalidSetting(
+            "measuring needs text that the model did not write itself: name a file or a data set"
+        )

@@ -25,8 +25,6 @@ def self_text(
     sequence_length: int,
     seed: int,
     batch_size: int | None = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Blocks:
     """Blocks that the model samples itself from BOS, with its own cache; EOS is never drawn.
@@ -44,9 +42,8 @@ def self_text(
     check_shape(num_samples, sequence_length, getattr(config, "max_position_embeddings", None))
     if batch_size is None:
         batch_size = _SAMPLES_TOGETHER.get(model.device.type, 8)
-    if batch_size < 1 or not temperature > 0 or (top_k is not None and top_k < 1):
-        given = f"{batch_size}, {temperature} and {top_k}"
-        raise InvalidSetting(f"batch_size, temperature and top_k must be above 0, not {given}")
+    if batch_size < 1:
+        raise InvalidSetting(f"batch_size must be at least 1, not {batch_size}")
     if not isinstance(bos := getattr(config, "bos_token_id", None), int):
         raise InvalidDataset("the model's configuration has no bos_token_id, so it cannot write its own text")
     stops = [getattr(settings, "eos_token_id", None) for settings in (config, model.generation_config)]
@@ -68,8 +65,8 @@ def self_text(
                     output = cast(Any, model)(input_ids=step, past_key_values=cache, use_cache=True)
                 cache = output.past_key_values
                 # Drawn on the CPU: sums over a vocabulary come out differently from run to run on a GPU.
-                logits = output.logits[:, -1].float().cpu().double() / temperature
-                rows[:, position] = draw(logits, draws[:, position - 1 : position], ends, top_k)
+                logits = output.logits[:, -1].float().cpu().double()
+                rows[:, position] = draw(logits, draws[:, position - 1 : position], ends)
                 if progress is not None:
                     progress(start * (sequence_length - 1) + position * len(rows), total)
     finally:
@@ -77,12 +74,9 @@ def self_text(
     return Blocks.of(tokens, f"self (seed {seed})")
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor, never: list[int], top_k: int | None) -> torch.Tensor:
+def draw(logits: torch.Tensor, uniform: torch.Tensor, never: list[int]) -> torch.Tensor:
     """A token a row, by inverting the cumulative distribution: ``[n, vocabulary]``, ``[n, 1]`` -> ``[n]``."""
     logits[:, never] = -torch.inf
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
     heights = logits.softmax(-1).cumsum(-1)
     if not heights.isfinite().all():
         raise InvalidModel("the model's logits are not finite, so it cannot write its own text")

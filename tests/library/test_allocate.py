@@ -18,12 +18,12 @@ from torch import Tensor
 
 from orthokv.bases.basis import Basis, orthonormal
 from orthokv.models.geometry import geometry_of
-from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile, LayerProfile
-from orthokv.plan.published import depth_weights, threshold_ranks
-from orthokv.plan.search import allocate_for_perplexity
-from orthokv.plan.surface import interpolate
+from orthokv.planning.allocate import allocate
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile, LayerProfile
+from orthokv.planning.published import depth_weights, threshold_ranks
+from orthokv.planning.search import allocate_for_perplexity
+from orthokv.planning.surface import interpolate
 from orthokv.runtime.measure import live_bytes_per_token
 from orthokv.spec.budget import METRICS, Budget
 from orthokv.spec.errors import BudgetUnreachable, InvalidCheckpoint, InvalidSetting

@@ -20,7 +20,7 @@ import orthokv
 from orthokv.bases.basis import PartialBases
 from orthokv.checkpoint.write import write_checkpoint
 from orthokv.models.geometry import geometry_of
-from orthokv.plan.allocate import allocate
+from orthokv.planning.allocate import allocate
 from orthokv.runtime.cache import LatentLayer
 from orthokv.runtime.seam import Seam
 from orthokv.spec.budget import Budget

@@ -34,9 +34,9 @@ from orthokv.checkpoint.read import Checkpoint, read_checkpoint
 from orthokv.checkpoint.write import record_measurements, write_checkpoint
 from orthokv.files.digests import SUMS, verify_files
 from orthokv.models.source import ModelSource, resolve_model
-from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Plan, layer_plans
-from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.plan import Plan, layer_plans
+from orthokv.planning.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
 from orthokv.runtime.seam import seam_of
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import (
@@ -328,11 +328,11 @@ FULL_DISK = """
     import json, resource, signal, sys
     from pathlib import Path
     import orthokv
-    from orthokv.plan.allocate import allocate
+    from orthokv.planning.allocate import allocate
     from orthokv.spec.budget import Budget
     from orthokv.checkpoint.write import record_measurements, write_checkpoint
     from orthokv.spec.errors import StorageError
-    from orthokv.plan.profile import ErrorProfile
+    from orthokv.planning.profile import ErrorProfile
     from orthokv.models.source import resolve_model
 
     disk, measured = Path(sys.argv[1]), json.loads(sys.argv[4])

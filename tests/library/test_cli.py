@@ -20,7 +20,7 @@ from orthokv import __version__
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.cli import main
 from orthokv.files.digests import verify_files
-from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
+from orthokv.planning.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
 from orthokv.spec.names import CONFIG, TENSORS
 from tests.support.paths import DEMO
 from tests.support.tiny import tiny_folder, tiny_text

@@ -279,7 +279,7 @@ CARD = (
 @pytest.mark.parametrize(
     ("files", "options", "message"),
     [
-        (None, {}, "owner/name is no file, and no hub data set that can be read: .*doesn't exist"),
+        (None, {}, "owner/name is neither a file nor a hub data set that can be read: .*doesn't exist"),
         ({"train.jsonl": jsonl("a")}, {"field": "body"}, "row 1 of owner/name has no field 'body'"),
         ({"train.jsonl": jsonl("a")}, {"split": "valid"}, r"Bad split: valid. Available splits: \['train'\]"),
         ({"train.tar": b"tar"}, {}, "needs the builder 'webdataset'; allowed are json, parquet"),
@@ -301,7 +301,9 @@ def test_bad_hub_data_set_is_refused(
 
 def test_unreachable_hub_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InvalidDataset, match=r"owner/name is no file, .*Couldn't reach .*\Z") as caught:
+    with pytest.raises(
+        InvalidDataset, match=r"owner/name is neither a file nor .*Couldn't reach .*\Z"
+    ) as caught:
         list(read_texts(TextSource("owner/name")))
     assert "\n" not in str(caught.value)
 
@@ -575,31 +577,31 @@ def test_own_text_does_not_depend_on_the_batch_size(model: LlamaForCausalLM) -> 
     model.float()
 
 
-def test_top_1_is_greedy_generation_and_a_cached_step_is_a_full_one(model: LlamaForCausalLM) -> None:
-    tokens = sample(model.eval(), num_samples=1, top_k=1).tokens
+def test_a_step_with_the_cache_draws_what_a_full_forward_would(model: LlamaForCausalLM) -> None:
+    tokens = sample(model.eval()).tokens
+    uniform = torch.rand(6, 23, generator=torch.Generator().manual_seed(7)).double()
     with torch.no_grad():
-        logits = model(tokens).logits
-    logits[..., [2, 3]] = -torch.inf
-    assert torch.equal(logits[0, :-1].argmax(-1), tokens[0, 1:])
+        logits = model(tokens).logits.double()
+    for position in range(1, 24):
+        drawn = draw(logits[:, position - 1], uniform[:, position - 1 : position], [2, 3])
+        assert torch.equal(drawn, tokens[:, position])
 
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, 5.0]]).double().repeat(20_000, 1)
     uniform = torch.rand(20_000, 1, generator=torch.Generator().manual_seed(0)).double()
-    counts = draw(logits, uniform, [3], None).bincount(minlength=4) / 20_000
+    counts = draw(logits, uniform, [3]).bincount(minlength=4) / 20_000
     expected = torch.tensor([0.0, 1.0, 2.0]).softmax(-1)
     assert counts[3] == 0
     # At the very bottom of the distribution lies a token that is never drawn.
-    assert draw(torch.zeros(1, 4).double(), torch.zeros(1, 1).double(), [0], None) == 1
+    assert draw(torch.zeros(1, 4).double(), torch.zeros(1, 1).double(), [0]) == 1
     assert torch.allclose(counts[:3], expected, atol=0.01)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.0}, "must be above 0, not 8, 0.0 and None"),
-        ({"top_k": 0}, "must be above 0"),
-        ({"batch_size": 0}, "must be above 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"num_samples": 0}, "num_samples must be at least 1"),
         ({"sequence_length": 33}, "sequence_length 33 exceeds the model's 32"),
     ],

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from orthokv.fit.divergence import block_logits
+from orthokv.fit.divergence import model_logits
 from orthokv.fit.methods.base import FittedBases
 from orthokv.fit.methods.eigen import Eigen
 from orthokv.fit.task import view_layer
@@ -55,6 +55,6 @@ def test_the_changes_of_the_blocks_are_those_of_their_likelihoods() -> None:
             losses = []
             for layers in (bases, [None] * len(bases)):
                 with compressed(seam, layers):
-                    losses.append(torch.nn.functional.cross_entropy(block_logits(model, tokens), tokens[1:]))
+                    losses.append(torch.nn.functional.cross_entropy(model_logits(model, tokens), tokens[1:]))
             assert change == pytest.approx(float(losses[0] - losses[1]), abs=1e-5)
     assert measured.increase == pytest.approx(math.expm1(sum(measured.changes) / 3), rel=1e-4)

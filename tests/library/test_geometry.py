@@ -22,7 +22,7 @@ from orthokv.spec.architectures import MODEL_TYPES
 from orthokv.spec.config import MOST_LAYERS, geometry_from_config
 from orthokv.spec.errors import InvalidModel, OrthoKVError, UnsupportedModel
 from orthokv.spec.geometry import Geometry
-from tests.tiny import VARIANTS, tiny_config
+from tests.support.tiny import VARIANTS, tiny_config
 
 _LLAMA2: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -20,9 +20,9 @@ from orthokv.fit.grouping import COMPARED_KEPT, SHARING_TOLERANCE, error_at_byte
 from orthokv.models.geometry import geometry_of
 from orthokv.models.source import load_model, resolve_model
 from orthokv.pipeline import build_profile, compress, fit_layers
-from orthokv.plan.allocate import allocate
-from orthokv.plan.profile import PROFILE_JSON, Candidate, ErrorProfile, LayerProfile
-from orthokv.plan.search import smallest_kept
+from orthokv.planning.allocate import allocate
+from orthokv.planning.profile import PROFILE_JSON, Candidate, ErrorProfile, LayerProfile
+from orthokv.planning.search import smallest_kept
 from orthokv.runtime.measure import live_bytes_per_token
 from orthokv.show.plots import plot_plan, plot_profile
 from orthokv.show.tables import profile_table

@@ -23,8 +23,8 @@ from orthokv.checkpoint.write import record_measurements, write_checkpoint
 from orthokv.cli import main
 from orthokv.files.digests import SUMS, sums_of, verify_files
 from orthokv.models.source import resolve_model
-from orthokv.plan.allocate import allocate
-from orthokv.plan.profile import PROFILE_JSON
+from orthokv.planning.allocate import allocate
+from orthokv.planning.profile import PROFILE_JSON
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidCheckpoint, InvalidSetting, PushFailed
 from orthokv.spec.names import CARD, CONFIG

@@ -23,8 +23,8 @@ from orthokv.checkpoint.write import write_checkpoint
 from orthokv.models.geometry import geometry_of
 from orthokv.models.source import ModelSource, load_model, resolve_model
 from orthokv.pipeline import build_profile, compress, fit_layers, prepare_blocks
-from orthokv.plan.plan import Plan, layer_plans
-from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.planning.plan import Plan, layer_plans
+from orthokv.planning.profile import ErrorProfile, LayerProfile
 from orthokv.spec.budget import Budget
 from orthokv.spec.codec import codec_spec
 from orthokv.spec.footprint import Footprint, dense_bytes

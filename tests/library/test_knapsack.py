@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from orthokv.plan.knapsack import Options, greedy, knapsack, pareto
+from orthokv.planning.knapsack import Options, greedy, knapsack, pareto
 
 claim = settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
 

@@ -21,7 +21,7 @@ from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import write_checkpoint
 from orthokv.compare import MethodChoice, compare_methods
 from orthokv.files.digests import verify_files
-from orthokv.fit.divergence import block_logits
+from orthokv.fit.divergence import model_logits
 from orthokv.fit.sensitivity import sensitivities
 from orthokv.fit.task import LayerTask, view_layer
 from orthokv.fit.walk import LayerWalk
@@ -30,9 +30,9 @@ from orthokv.measure.quality import cache_size, quality
 from orthokv.models.geometry import geometry_of
 from orthokv.models.source import ModelSource, load_model, resolve_model
 from orthokv.pipeline import build_profile, compress, fit_layers, make_plan, prepare_blocks
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import planned_bases
-from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import planned_bases
+from orthokv.planning.profile import ErrorProfile, LayerProfile
 from orthokv.runtime.seam import Seam, compressed, seam_of
 from orthokv.serving.generation import generate
 from orthokv.spec.budget import Budget
@@ -136,7 +136,7 @@ def test_a_layer_that_is_not_finite_is_named() -> None:
 
 def test_a_fit_that_fails_leaves_the_model_as_it_was() -> None:
     model = tiny_model("llama")
-    before = block_logits(model, tiny_tokens(1, 8)[0])
+    before = model_logits(model, tiny_tokens(1, 8)[0])
     hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
 
     def fail(step: Step) -> None:
@@ -146,7 +146,7 @@ def test_a_fit_that_fails_leaves_the_model_as_it_was() -> None:
     with pytest.raises(RuntimeError, match="gives up"):
         list(fit_layers(model, tiny_blocks(), QUICK, report=fail))
     assert [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()] == hooks
-    assert torch.equal(block_logits(model, tiny_tokens(1, 8)[0]), before)
+    assert torch.equal(model_logits(model, tiny_tokens(1, 8)[0]), before)
 
 
 def test_a_fit_that_is_dropped_half_way_lets_go_of_the_model() -> None:
@@ -270,10 +270,10 @@ def test_sensitivity_times_squared_error_is_the_measured_divergence(
             bases: list[Any] = [None] * LAYERS
             total = 0.0
             for block in blocks.tokens:
-                dense = block_logits(model, block).log_softmax(-1)
+                dense = model_logits(model, block).log_softmax(-1)
                 bases[layer.index] = layer.bases(*ranks)
                 with compressed(seam, bases):
-                    other = block_logits(model, block).log_softmax(-1)
+                    other = model_logits(model, block).log_softmax(-1)
                 bases[layer.index] = None
                 total += float((dense.exp() * (dense - other)).sum(-1).mean())
             expected = total / len(blocks)
@@ -332,10 +332,10 @@ def test_evaluating_a_checkpoint_measures_everything_and_detaches(
     found = profile(architecture)
     checkpoint = write_checkpoint(found, allocate(found, Budget("kept", 0.5)), tmp_path / "out")
     model, blocks = tiny_model(architecture), tiny_blocks(2, 10)
-    before = block_logits(model, blocks.tokens[0])
+    before = model_logits(model, blocks.tokens[0])
     measured = evaluate_checkpoint(model, checkpoint, blocks, speed=True)
     assert seam_of(model) is None
-    assert torch.equal(block_logits(model, blocks.tokens[0]), before)
+    assert torch.equal(model_logits(model, blocks.tokens[0]), before)
     assert measured["cache_bytes_per_token"] == checkpoint.config["cache"]["bytes_per_token"]
     assert measured["cache_bytes_per_token_dense"] == checkpoint.config["cache"]["bytes_per_token_dense"]
     assert measured["tokens"] == 2 * 9
@@ -735,12 +735,12 @@ def test_one_side_alone_can_be_compressed(side: str, profile: Callable[..., Erro
         else PartialBases(None, layer.value.truncate(8))
     )
     model, block = tiny_model("llama"), tiny_tokens(1, 12)[0]
-    dense = block_logits(model, block)
+    dense = model_logits(model, block)
     with Seam(model, "pre") as seam:
         seam.set_bases(0, half)
-        assert not torch.allclose(block_logits(model, block), dense, atol=1e-3)
+        assert not torch.allclose(model_logits(model, block), dense, atol=1e-3)
         seam.set_bases(0, PartialBases(None, None))
-        torch.testing.assert_close(block_logits(model, block), dense, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model_logits(model, block), dense, rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_do_not_pile_up_over_many_seams() -> None:

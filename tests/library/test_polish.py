@@ -22,10 +22,10 @@ from orthokv.models.loading import load
 from orthokv.models.source import resolve_model
 from orthokv.models.streaming import stream_model
 from orthokv.pipeline import compress, make_plan, polish_plan, prepare_blocks
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import planned_bases
-from orthokv.plan.plan import Plan, layer_plans
-from orthokv.plan.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import planned_bases
+from orthokv.planning.plan import Plan, layer_plans
+from orthokv.planning.profile import PROFILE_JSON, PROFILE_TENSORS, ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting

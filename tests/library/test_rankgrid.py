@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from orthokv.plan.surface import interpolate
+from orthokv.planning.surface import interpolate
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.rankgrid import RankGrid, candidate_ranks
 from orthokv.spec.vocabulary import SHARINGS, Sharing

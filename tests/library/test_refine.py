@@ -16,9 +16,9 @@ from orthokv.fit.refine import Refinement, _Teacher, refine
 from orthokv.fit.task import view_layer
 from orthokv.fit.walk import LayerWalk
 from orthokv.measure.quality import quality
-from orthokv.plan.allocate import allocate
-from orthokv.plan.bases import planned_bases
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.bases import planned_bases
+from orthokv.planning.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting

@@ -27,12 +27,12 @@ from orthokv.bases.basis import orthonormal
 from orthokv.checkpoint.card import model_card
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import record_measurements, write_checkpoint
-from orthokv.plan.allocate import allocate
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile, LayerProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile, LayerProfile
 from orthokv.show.plots import plot_comparison, plot_plan, plot_profile, style
 from orthokv.show.results import ComparisonRow
-from orthokv.show.tables import comparison_markdown, comparison_table, plan_table, profile_table
+from orthokv.show.tables import comparison_table, plan_table, profile_table
 from orthokv.spec.budget import Budget
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.footprint import dense_bytes
@@ -333,13 +333,6 @@ def test_the_comparison_marks_the_lowest_perplexity_of_each_budget() -> None:
     assert table.row_count == 7
     assert [row.style for row in table.rows] == [None, "bold", "bold", None, None, None, None]
     assert "31.83" in rendered(table)
-
-
-def test_the_comparison_as_markdown_is_a_whole_table() -> None:
-    lines = comparison_markdown(rows_of(["ei|gen:tied", "stiefel:joint"])).splitlines()
-    assert len(lines) == 2 + 1 + 4
-    assert len({line.count("|") for line in lines}) == 1
-    assert comparison_markdown([]).count("\n") == 2
 
 
 def test_a_row_keeps_its_fields() -> None:

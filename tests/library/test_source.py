@@ -529,7 +529,9 @@ def test_truncated_hub_weights_are_named(hub: Hub, files: dict[str, bytes]) -> N
 
 def test_missing_gated_and_unknown_revision_are_told_apart(hub: Hub, files: dict[str, bytes]) -> None:
     hub.repos |= {"owner/name": Repo(files), "owner/gated": Repo(files, gated=True)}
-    with pytest.raises(ModelNotFound, match="owner/other is no folder, and no model that the hub shows you"):
+    with pytest.raises(
+        ModelNotFound, match="owner/other is neither a folder nor a model that the hub shows you"
+    ):
         resolve_model("owner/other")
     with pytest.raises(ModelGated, match="model owner/gated is gated: accept its terms"):
         resolve_model("owner/gated")
@@ -537,7 +539,7 @@ def test_missing_gated_and_unknown_revision_are_told_apart(hub: Hub, files: dict
         resolve_model("owner/name", revision="v9")
     with pytest.raises(ModelNotFound, match=r"has no revision '0{40}'"):
         resolve_model("owner/name", revision="0" * 40)
-    with pytest.raises(ModelNotFound, match="owner/a--b is no folder"):
+    with pytest.raises(ModelNotFound, match="the model folder owner/a--b does not exist"):
         resolve_model("owner/a--b")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from orthokv.planning.profile import ErrorProfile
 from safetensors import safe_open
 
 from orthokv.checkpoint.read import read_checkpoint
@@ -16,7 +17,6 @@ from orthokv.models.geometry import geometry_of
 from orthokv.models.loading import load, read_geometry
 from orthokv.models.source import ModelSource, resolve_model
 from orthokv.pipeline import build_profile, fit_layers, make_plan, prepare_blocks
-from orthokv.plan.profile import ErrorProfile
 from orthokv.spec.budget import Budget
 from orthokv.spec.methods import METHODS
 from orthokv.spec.settings import FitSettings
@@ -25,7 +25,7 @@ from orthokv.spec.target import Target
 from orthokv.spec.vocabulary import SHARING_CHOICES
 from orthokv.text.blocks import Blocks
 from orthokv.text.source import TextSource
-from tests.tiny import tiny_config, tiny_folder, tiny_text
+from tests.support.tiny import tiny_config, tiny_folder, tiny_text
 from workers.protocol import DatasetRef, File, ModelRef, Request, parse
 from workers.runner import STEPS, Job, Wire
 

@@ -20,8 +20,8 @@ import orthokv
 from orthokv.checkpoint.read import read_checkpoint
 from orthokv.checkpoint.write import record_measurements, write_checkpoint
 from orthokv.files.digests import verify_files
-from orthokv.plan.allocate import allocate
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.allocate import allocate
+from orthokv.planning.profile import ErrorProfile
 from orthokv.runtime.seam import seam_of
 from orthokv.spec.budget import Budget
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import ablation, quality, report
+from benchmarks import ablation, answers, quality, report
 from benchmarks.bench import Bench, Results, named_files, need_shared
 from orthokv.compare import MethodChoice
 from orthokv.show.results import ComparisonRow
@@ -220,15 +221,30 @@ whole = Bench.evaluation
 # ---------------------------------------------------------------------------------------------- the page
 
 
-def test_the_page_of_results_is_what_the_files_give() -> None:
+def test_the_pages_of_results_are_what_the_files_give() -> None:
     found, plots = report.sections()
-    page = report.PAGE.read_text()
+    page, appendix = report.PAGE.read_text(), report.APPENDIX.read_text()
     assert report.fill(page, found) == page
-    named = {match[1] for match in report._SECTION.findall(page)}
-    assert found.keys() <= named, "a measured section is not shown"
+    assert report.appendix(found) == appendix
+    for name, section in found.items():
+        assert section in page or section in appendix, f"{name} was measured and is not shown"
     for path in plots:
         assert path.is_file()
-        assert path.name in page
+        assert path.name in page + appendix
+
+
+def test_a_page_asks_for_no_section_that_nobody_measures() -> None:
+    found, _ = report.sections()
+    assert {match[1] for match in report._SECTION.findall(report.PAGE.read_text())} <= found.keys()
+
+
+def test_an_answer_is_the_mean_over_seeds_of_the_rows_that_it_names() -> None:
+    rows = [
+        replace(ROW, method="oblique", sharing="joint", kept_asked=0.5, text="books", seed=seed, perplexity=p)
+        for seed, p in enumerate((11.0, 13.0))
+    ]
+    other = replace(rows[0], allocation="uniform", perplexity=99.0)
+    assert answers.ratio([*rows, other], answers.DEFAULT, 0.5, "books") == "1.200"
 
 
 def test_a_section_that_was_not_measured_says_so() -> None:

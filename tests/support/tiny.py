@@ -25,7 +25,7 @@ from orthokv.bases.basis import Bases, Basis
 from orthokv.models.architectures import ARCHITECTURES as REGISTRY
 from orthokv.models.source import load_model, resolve_model
 from orthokv.pipeline import build_profile, fit_layers
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.profile import ErrorProfile
 from orthokv.runtime.seam import Seam
 from orthokv.spec.geometry import Geometry
 from orthokv.spec.settings import FitSettings

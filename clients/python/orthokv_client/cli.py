@@ -224,7 +224,7 @@ def wait(
 def list_jobs(
     status: Annotated[JobStatus | None, typer.Option(help="Only jobs of this status.")] = None,
     model: Annotated[str | None, typer.Option(help="Only jobs of this model id.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Largest number of jobs.")] = 20,
     url: Url = DEFAULT_URL,
     api_key_file: KeyFile = None,
 ) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile
 from orthokv.show.plots.style import INK, PALETTE, end_labels, frame, layer_axis, origin, plain, save
 from orthokv.show.wording import number, percent
 

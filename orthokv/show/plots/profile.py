@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from orthokv.plan.knapsack import Floats
-from orthokv.plan.profile import ErrorProfile, LayerProfile
-from orthokv.plan.surface import interpolate
+from orthokv.planning.knapsack import Floats
+from orthokv.planning.profile import ErrorProfile, LayerProfile
+from orthokv.planning.surface import interpolate
 from orthokv.show.plots.style import INK, MUTED, frame, layer_axis, origin, plain, round_levels, save
 from orthokv.spec.errors import InvalidSetting
 from orthokv.spec.stored import PICTURE_PANELS

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.profile import ErrorProfile
 from orthokv.show.wording import KEY_MODES_IN_WORDS
 from orthokv.spec.errors import InvalidSetting
 

@@ -294,13 +294,11 @@ def python_examples(document: str) -> list[str]:
     return [block for block in blocks if "orthokv_client" in block]
 
 
-@pytest.mark.parametrize(
-    ("document", "examples"), [("docs/service.md", 2), ("README.md", 1), ("clients/python/README.md", 1)]
-)
+@pytest.mark.parametrize(("document", "examples"), [("docs/service.md", 2), ("clients/python/README.md", 1)])
 def test_the_documents_examples_run_as_they_stand(
     server: Server, tmp_path: Path, document: str, examples: int
 ) -> None:
-    """Pasted into files, in a folder with a calibration file; the README's names its server, so that is replaced."""
+    """Pasted into files, in a folder with a calibration file; one names its server, so that is replaced."""
     (tmp_path / "calibration.txt").write_text("some text")
     (tmp_path / "demo").symlink_to(REPOSITORY / "demo")
     found = python_examples(document)

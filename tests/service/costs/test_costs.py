@@ -20,7 +20,7 @@ from app.costs import priors
 from app.costs.arithmetic import Asked, Shape, flop
 from app.costs.models import RunCost
 from app.costs.probe import NOTHING, Known, Unfit, ask_hub, read_folder
-from app.costs.regression import MIN_RUNS, Run, fit_line, predict
+from app.costs.regression import MIN_RUNS, Run, predict
 from app.infra.database import SyncDatabase
 from app.infra.storage import Storage
 from app.jobs.commits import Produced, commit_layer, finish_step
@@ -79,9 +79,8 @@ def fit_and_profile(shape: Shape, request: Asked) -> float:
 class TestLine:
     def test_it_finds_overhead_and_rate(self) -> None:
         runs = [Run(x, 5.0 + 2e-9 * x) for x in (1e9, 1e10, 1e11)]
-        line = fit_line(runs)
-        assert line.overhead == pytest.approx(5.0)
-        assert line.seconds_per_flop == pytest.approx(2e-9)
+        assert predict(runs, 0.0).likely == pytest.approx(5.0)
+        assert predict(runs, 1e9).likely == pytest.approx(5.0 + 2.0)
 
     @pytest.mark.parametrize(
         "runs",
@@ -92,8 +91,7 @@ class TestLine:
         ],
     )
     def test_nothing_it_says_is_below_zero(self, runs: list[Run]) -> None:
-        line = fit_line(runs)
-        assert min(line.overhead, line.seconds_per_flop) >= 0
+        assert 0 <= predict(runs, 0.0).likely <= predict(runs, 5e9).likely
         band = predict(runs, 5e9)
         assert 0 < band.low <= band.likely <= band.high
 

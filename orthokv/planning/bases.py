@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from orthokv.bases.basis import NATIVE, Bases
-from orthokv.plan.plan import Plan
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.plan import Plan
+from orthokv.planning.profile import ErrorProfile
 
 
 def on_model(model: PreTrainedModel, bases: Bases, codecs: tuple[str, str] = NATIVE) -> Bases:

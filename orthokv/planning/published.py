@@ -6,9 +6,9 @@ from bisect import bisect_left
 
 import numpy as np
 
-from orthokv.plan.plan import plan_ranks
-from orthokv.plan.profile import ErrorProfile
-from orthokv.plan.surface import interpolate
+from orthokv.planning.plan import plan_ranks
+from orthokv.planning.profile import ErrorProfile
+from orthokv.planning.surface import interpolate
 from orthokv.spec.budget import Budget
 from orthokv.spec.codec import CodecSpec
 from orthokv.spec.errors import BudgetUnreachable, InvalidSetting

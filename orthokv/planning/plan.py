@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from orthokv.plan.profile import ErrorProfile
-from orthokv.plan.surface import squared_errors
+from orthokv.planning.profile import ErrorProfile
+from orthokv.planning.surface import squared_errors
 from orthokv.spec.budget import Budget
 from orthokv.spec.codec import SIXTEEN_BIT, CodecSpec
 from orthokv.spec.footprint import Footprint, LayerPlan, SidePlan, dense_bytes
@@ -27,7 +27,8 @@ class Plan:
         layers: rank, groups and codec of the keys and of the values of each layer.
         bytes_per_token: latents and positions of the whole model; what a live cache will hold.
         expected_error: error of each layer at its ranks, interpolated in the profile's measured surface.
-        expected_kl: sum of ``sensitivity * error^2``; None without sensitivities.
+        expected_kl: sum of `sensitivity * error^2`, nats a token; None without sensitivities.
+        dense_bytes_per_token: of the 16-bit cache of the uncompressed model.
         grid: the ranks that were allowed.
     """
 
@@ -44,6 +45,7 @@ class Plan:
 
     @property
     def kept(self) -> float:
+        """Planned bytes over those of the 16-bit cache."""
         return self.bytes_per_token / self.dense_bytes_per_token
 
     @property

@@ -189,11 +189,19 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class ErrorProfile:
-    """Profiles of all layers, with what they were measured on.
+    """Errors of all layers at every candidate rank, with what they were measured on: it serves every budget.
 
-    ``model`` holds id, revision, digest and weight fingerprint; ``dataset`` source, digest, number and length of samples;
-    ``method`` the name and hyper-parameters of the fit. All are written into every checkpoint made from the profile.
-    ``sharing`` is what was asked for; under ``auto`` each layer has its own.
+    `model`, `dataset` and `method` are written into every checkpoint made from the profile.
+
+    Attributes:
+        geometry: of the model.
+        key_mode: keys were seen before (`pre`) or after (`post`) rotary embedding.
+        sharing: what was asked for; under `auto` each layer has its own.
+        layers: full-rank bases, errors and sensitivity of each layer.
+        model: id, revision, digest and weight fingerprints.
+        dataset: source, digest, number and length of the calibration blocks.
+        method: name and settings of the fit.
+        seed: of the fit.
     """
 
     geometry: Geometry
@@ -220,7 +228,7 @@ class ErrorProfile:
         }
 
     def save(self, folder: Path) -> None:
-        """Write ``profile.json`` and ``profile.safetensors`` into an existing folder."""
+        """Write `profile.json` and `profile.safetensors` into an existing folder."""
         tensors = {name: t for layer in self.layers for name, t in layer.tensors().items()}
         save_file(tensors, folder / PROFILE_TENSORS)
         described = {**self.to_dict(), "tensors_sha256": file_digest(folder / PROFILE_TENSORS)}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from orthokv.plan.allocate import allocate, options_of
-from orthokv.plan.plan import Plan, plan_ranks
-from orthokv.plan.profile import ErrorProfile
+from orthokv.planning.allocate import allocate, options_of
+from orthokv.planning.plan import Plan, plan_ranks
+from orthokv.planning.profile import ErrorProfile
 from orthokv.spec.budget import Budget
 from orthokv.spec.codec import SIXTEEN_BIT, CodecSpec
 from orthokv.spec.errors import BudgetUnreachable

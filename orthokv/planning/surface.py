@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from orthokv.plan.knapsack import Floats, Ints
-from orthokv.plan.profile import LayerProfile
+from orthokv.planning.knapsack import Floats, Ints
+from orthokv.planning.profile import LayerProfile
 from orthokv.spec.rankgrid import FREE, RankGrid
 
 

@@ -16,11 +16,11 @@ from functools import cache
 
 import numpy as np
 
-from orthokv.plan.knapsack import Options, greedy, knapsack, pareto
-from orthokv.plan.plan import Plan, damage_weights, layer_plans, plan_ranks
-from orthokv.plan.profile import ErrorProfile, LayerProfile
-from orthokv.plan.published import depth_weights, threshold_ranks, threshold_within
-from orthokv.plan.surface import interpolate
+from orthokv.planning.knapsack import Options, greedy, knapsack, pareto
+from orthokv.planning.plan import Plan, damage_weights, layer_plans, plan_ranks
+from orthokv.planning.profile import ErrorProfile, LayerProfile
+from orthokv.planning.published import depth_weights, threshold_ranks, threshold_within
+from orthokv.planning.surface import interpolate
 from orthokv.spec.budget import Budget
 from orthokv.spec.check import below_smallest
 from orthokv.spec.codec import SIXTEEN_BIT, CodecSpec
