@@ -160,6 +160,11 @@ class JobCreate(TargetFields, Body):
         self.target()
         if self.dataset.num_samples < 2:
             raise ValueError("num_samples must be at least 2: one is held out")
+        method.settings(
+            num_samples=self.dataset.num_samples,
+            sequence_length=self.dataset.sequence_length,
+            seed=self.seed,
+        )
         return self
 
 
