@@ -1,6 +1,6 @@
-"""What each ingredient is worth, one at a time: ``python -m benchmarks.ablation --help``.
+"""What each ingredient is worth, one at a time: `python -m benchmarks.ablation --help`.
 
-Every variant changes one thing of the default: ``stiefel:joint``, directly optimised from the singular vectors, on
+Every variant changes one thing of the default: `stiefel:joint`, directly optimised from the singular vectors, on
 uncompressed inputs, 64 blocks of 1024 tokens of books. Variants that come to the same fit are fitted once. The file is
 written after each row and a broken run goes on where it stopped.
 """
@@ -45,7 +45,7 @@ Side = Literal["both", "key", "value"]
 
 @dataclass(frozen=True)
 class Variant:
-    """A fit and how its ranks are chosen. ``side`` other than None cuts that side to a share of its width, in all layers."""
+    """A fit and how its ranks are chosen. `side` other than None cuts that side to a share of its width, in all layers."""
 
     method: str = "stiefel:joint"
     calibration: str = "books"

@@ -103,7 +103,7 @@ class Bench:
 class Results:
     """A JSON file of rows, written after each of them.
 
-    ``header`` says what all rows have in common; ``refused`` what could not be measured, and why.
+    `header` says what all rows have in common; `refused` what could not be measured, and why.
     """
 
     path: Path
@@ -159,7 +159,7 @@ def rows_of(entries: Sequence[dict[str, Any]]) -> list[ComparisonRow]:
 
 
 def named_files(given: Sequence[str]) -> dict[str, str]:
-    """``name=file`` options as a dict; a bare file is named by itself."""
+    """`name=file` options as a dict; a bare file is named by itself."""
     pairs = [text.partition("=") for text in given]
     return {(name if file else Path(name).stem): (file or name) for name, _, file in pairs}
 

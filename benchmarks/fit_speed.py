@@ -4,7 +4,7 @@
     python -m benchmarks.fit_speed --shape tiny --samples 8 --length 128 --device cpu      # does it run?
 
 The model has random weights, made on the device: times and memory are those of a real model of the shape, quality means
-nothing. The functions timed are the product's own (``orthokv.pipeline.fit_layers`` and ``build_profile``).
+nothing. The functions timed are the product's own (`orthokv.pipeline.fit_layers` and `build_profile`).
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(model: LlamaForCausalLM, shape: Shape, settings: FitSettings, *, whole: bool) -> dict[str, Any]:
-    """Fit every layer of ``model``; with ``whole`` also sensitivities, the refinement and the errors after it."""
+    """Fit every layer of `model`; with `whole` also sensitivities, the refinement and the errors after it."""
     device = model.device
     watch, report = Stopwatch(device), PlainReporter()
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Parts of one result file, measured by several processes, put together: ``python -m benchmarks.merge OUT PART ...``."""
+"""Parts of one result file, measured by several processes, put together: `python -m benchmarks.merge OUT PART ...`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.bench import Results
 
 
 def merge_cases(out: Path, parts: list[Path]) -> None:
-    """The same for files of one list of ``cases`` (promise, nesting)."""
+    """The same for files of one list of `cases` (promise, nesting)."""
     read = [json.loads(part.read_text()) for part in parts]
     for part, data in zip(parts, read, strict=True):
         if {**data, "cases": []} != {**read[0], "cases": []}:
@@ -22,7 +22,7 @@ def merge_cases(out: Path, parts: list[Path]) -> None:
 
 
 def merge(out: Path, parts: list[Path]) -> Results:
-    """All rows of ``parts`` in the order given; ends the program where they were not measured under one header.
+    """All rows of `parts` in the order given; ends the program where they were not measured under one header.
 
     What a model writes itself may differ between the parts: then each row is labelled with its own calibration digest.
     """

@@ -42,7 +42,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One fit at one budget. ``trained`` is a key of :data:`NAMES`; ``increase`` of perplexity is relative."""
+    """One fit at one budget. `trained` is a key of `NAMES`; `increase` of perplexity is relative."""
 
     seed: int
     kept: float

@@ -1,4 +1,4 @@
-"""Every method at every size on several texts: ``python -m benchmarks.quality --help``.
+"""Every method at every size on several texts: `python -m benchmarks.quality --help`.
 
 One row a method, key mode, seed, rank rule, share of bytes and text. The file is written after each row and a broken run
 goes on where it stopped.

@@ -1,4 +1,4 @@
-"""``make demo``: the main job, as a user would run it, on the small real model in this folder.
+"""`make demo`: the main job, as a user would run it, on the small real model in this folder.
 
 It writes a dataset, starts the service on a free port with a data folder of its own, uploads the dataset, posts a job, follows
 it, downloads profile and checkpoint, asks for a second budget without fitting again, generates from the checkpoint in a fresh

@@ -37,7 +37,7 @@ from orthokv.text.blocks import Blocks
 
 @dataclass(frozen=True)
 class MethodChoice:
-    """One line of a comparison, written ``method:sharing[:parameterisation][:setting=value ...]``."""
+    """One line of a comparison, written `method:sharing[:parameterisation][:setting=value ...]`."""
 
     method: str
     sharing: str
@@ -46,7 +46,7 @@ class MethodChoice:
 
     @classmethod
     def parse(cls, text: str) -> MethodChoice:
-        """Raises :class:`InvalidSetting` for anything but the form above."""
+        """Raises `InvalidSetting` for anything but the form above."""
         method, _, others = text.strip().partition(":")
         sharing, *rest = others.split(":")
         bare = [part for part in rest if "=" not in part]
@@ -70,7 +70,7 @@ class MethodChoice:
         )
 
     def settings(self, base: FitSettings) -> FitSettings:
-        """``base`` with this method, which takes from it only the hyper-parameters that it has."""
+        """`base` with this method, which takes from it only the hyper-parameters that it has."""
         fields = METHODS[self.method].__dataclass_fields__ if self.method in METHODS else {}
         check_steps("polish_steps", self.polish_steps)
         options = {name: value for name, value in self.options if name != "polish_steps"}
@@ -87,7 +87,7 @@ class MethodChoice:
 
     @property
     def polish_steps(self) -> int | None:
-        """Of what its checkpoints are polished with (:func:`orthokv.fit.polish.polish`)."""
+        """Of what its checkpoints are polished with (`orthokv.fit.polish.polish`)."""
         return dict(self.options).get("polish_steps")
 
     def __str__(self) -> str:

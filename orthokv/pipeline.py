@@ -1,6 +1,6 @@
 """From a model and text to a checkpoint: the one way in, as steps that can also run apart.
 
-``compress`` runs all of them in this process. The service runs the same functions as separate, resumable steps: blocks,
+`compress` runs all of them in this process. The service runs the same functions as separate, resumable steps: blocks,
 layers one by one, the profile, a checkpoint, its evaluation.
 """
 
@@ -65,7 +65,7 @@ def prepare_blocks(
 ) -> Blocks:
     """Calibration blocks, held-out ones included, from text, from the model itself, or from several of these.
 
-    Where bases depend on positions, the blocks begin all over :func:`calibrated_positions`. The starts go with the blocks:
+    Where bases depend on positions, the blocks begin all over `calibrated_positions`. The starts go with the blocks:
     into their file, and through it to every later step, wherever that runs.
     """
     positions = calibrated_positions(read_geometry(source), settings)
@@ -122,15 +122,15 @@ def fit_layers(
     layers: Iterable[int] | None = None,
     report: Reporter = silent,
 ) -> Iterator[LayerProfile]:
-    """Fit layers one by one, in order, each on what the uncompressed layers before it produce (but see ``propagate``).
+    """Fit layers one by one, in order, each on what the uncompressed layers before it produce (but see `propagate`).
 
     Args:
         layers: which ones; the others are only run through. A layer's result does not depend on which others are fitted.
 
     Raises:
-        InvalidSetting: there is no such layer, ``propagate`` is set and a layer before a wanted one is not fitted, the KV
-            heads do not divide into the groups of ``sharing``, or the blocks do not cover the ``positions`` that are set
-            (:func:`prepare_blocks` sees to it).
+        InvalidSetting: there is no such layer, `propagate` is set and a layer before a wanted one is not fitted, the KV
+            heads do not divide into the groups of `sharing`, or the blocks do not cover the `positions` that are set
+            (`prepare_blocks` sees to it).
     """
     geometry = geometry_of(model.config)
     sharings_of(settings.sharing, geometry)
@@ -222,10 +222,10 @@ def build_profile(
 
 
 def possible_refinement(model: PreTrainedModel, settings: FitSettings) -> Refinement | None:
-    """The last stage that ``settings`` ask for; None also where it is only a method's default and the model is streamed.
+    """The last stage that `settings` ask for; None also where it is only a method's default and the model is streamed.
 
     Raises:
-        InvalidSetting: ``refine_steps`` asks for it and the model is streamed from disk.
+        InvalidSetting: `refine_steps` asks for it and the model is streamed from disk.
     """
     steps = settings.refinement_steps
     return Refinement(steps) if can_refine(model, refine_steps=settings.refine_steps) and steps else None
@@ -316,7 +316,7 @@ def polish_plan(
     steps: int | None = None,
     report: Reporter = silent,
 ) -> tuple[ErrorProfile, Reached | None]:
-    """What a checkpoint of a plan is written from (:func:`~orthokv.fit.polish.polish`), and what it reaches where the plan did.
+    """What a checkpoint of a plan is written from (`polish`), and what it reaches where the plan did.
 
     The profile's own bases are kept where polished ones would break the promise of a perplexity budget: the polish brings the
     predictions closer to the uncompressed model's, which is nearly always, but not always, a lower perplexity.
@@ -376,7 +376,7 @@ def compress(
         model: of `source`, where it is loaded already; it is used where it lies.
 
     Raises:
-        OrthoKVError: any of its kinds; nothing is left at ``out``.
+        OrthoKVError: any of its kinds; nothing is left at `out`.
     """
     settings = settings or FitSettings()
     # What can be refused is refused before any weight is read.

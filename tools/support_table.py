@@ -1,4 +1,4 @@
-"""The table of supported architectures in ``docs/architectures.md``: made of the registry and of what the tests cover.
+"""The table of supported architectures in `docs/architectures.md`: made of the registry and of what the tests cover.
 
 python -m tools.support_table [--check]
 """

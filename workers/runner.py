@@ -1,7 +1,7 @@
 """The child process of a worker: one step of a job, and the only part of the service that imports torch.
 
-It reads one JSON request from standard input and writes JSON lines to standard output: ``progress``, ``file`` (ready to be
-committed), ``usage``, then ``result`` or ``error``. It knows nothing of databases, leases or object stores.
+It reads one JSON request from standard input and writes JSON lines to standard output: `progress`, `file` (ready to be
+committed), `usage`, then `result` or `error`. It knows nothing of databases, leases or object stores.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def check(
         settings = Settings() if data is None else Settings(data_dir=data)
         if not settings.database_url and not settings.data_dir.is_dir():
             raise stop(
-                f"{settings.data_dir} is no data folder; name it by --data, or set ORTHOKV_DATABASE_URL",
+                f"{settings.data_dir} is not a data folder; name it by --data, or set ORTHOKV_DATABASE_URL",
                 BAD_INPUT,
             )
         url = settings.resolved_database_url

@@ -113,7 +113,7 @@ async def ask_hub(hub_url: str, model_id: str, revision: str | None) -> Known | 
 
 def _of_config(config: object) -> Known:
     if not isinstance(config, dict):
-        raise Unfit(JobErrorCode.MODEL_INVALID, "The model's config.json is no object.")
+        raise Unfit(JobErrorCode.MODEL_INVALID, "The model's config.json is not an object.")
     geometry = _geometry(config)
     shape = _shape(config, geometry, None)
     weights = None if shape is None else shape.parameters * _HALF
@@ -128,7 +128,7 @@ def _bounded_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise Unfit(JobErrorCode.MODEL_INVALID, "The model's config.json cannot be read.") from error
     if not isinstance(value, dict):
-        raise Unfit(JobErrorCode.MODEL_INVALID, "The model's config.json is no object.")
+        raise Unfit(JobErrorCode.MODEL_INVALID, "The model's config.json is not an object.")
     return value
 
 
@@ -156,7 +156,7 @@ def _count(shard: Path) -> tuple[int, int]:
 
 def _natural(value: object) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_NUMBER:
-        raise ValueError("is no natural number of a usable size")
+        raise ValueError("is not a natural number of a usable size")
     return value
 
 

@@ -208,7 +208,7 @@ def expired_jobs(session: Session, project_id: str, *, days: int, limit: int) ->
 
 
 def unfinished_uploads(session: Session, *, age_seconds: float, limit: int) -> list[tuple[str, str]]:
-    """(id, project) of datasets that were announced so long ago and never confirmed."""
+    """(id, project) of datasets that were announced this long ago and never confirmed."""
     statement = (
         select(Dataset.id, Dataset.project_id)
         .where(Dataset.completed_at.is_(null()), Dataset.created_at < now(-age_seconds))

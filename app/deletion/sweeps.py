@@ -52,7 +52,7 @@ def _forget_upload(session: Session, dataset_id: str, project_id: str) -> bool:
 
 
 def free_bytes(database: SyncDatabase, storage: Storage, *, age_seconds: float) -> int:
-    """Delete the objects of rows that were deleted so long ago; returns how many.
+    """Delete the objects of rows that were deleted this long ago; returns how many.
 
     The tombstone goes after the object: a crash in between costs another try. An object that some row refers to
     after all stays.

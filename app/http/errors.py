@@ -188,7 +188,7 @@ _QUOTING = {"union_tag_invalid": "is none of the accepted types", "json_invalid"
 def _field_problem(error: dict[str, Any]) -> FieldProblem:
     place, *path = error["loc"]
     if error["type"] == "json_invalid":
-        path = []  # an offset in the text, which is no place in a document
+        path = []  # an offset in the text, which is not a place in a document
     if place == "body":
         pointer = "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
     else:

@@ -47,7 +47,7 @@ def prefix(key_id: str) -> str:
 
 
 def key_id_of(text: str) -> str | None:
-    """The id of the row that a key belongs to; None when the text is no key at all."""
+    """The id of the row that a key belongs to; None when the text is not a key at all."""
     match = _KEY.fullmatch(text)
     if match is None or _with_checksum(text.rpartition("_")[0]) != text:
         return None

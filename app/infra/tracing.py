@@ -1,7 +1,7 @@
 """Traces by OpenTelemetry: off, and free, unless the standard `OTEL_*` variables name a collector.
 
 A request is a trace; the job that it creates carries the request's `traceparent`. Each attempt at a step is a
-trace of its own that links to it: a job lasts hours and may run many times, so it is no part of the request.
+trace of its own that links to it: a job lasts hours and may run many times, so it is not part of the request.
 """
 
 from __future__ import annotations

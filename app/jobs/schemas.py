@@ -145,7 +145,7 @@ class JobCreate(TargetFields, Body):
     )
     max_runtime_minutes: Annotated[int, Field(ge=1, le=525_600)] | None = Field(
         None,
-        description="Fail the job with `time_limit_exceeded` so long after its first step has begun; "
+        description="Fail the job with `time_limit_exceeded` this long after its first step has begun; "
         "absent: the server's own limit, if it has one.",
     )
 

@@ -109,7 +109,7 @@ def _settings(data: Path | None, *, make: bool = False) -> Settings:
             settings.data_dir.mkdir(parents=True, exist_ok=True)
     if not settings.database_url and not settings.data_dir.is_dir():
         raise stop(
-            f"{settings.data_dir} is no data folder; name it by --data, or set ORTHOKV_DATABASE_URL",
+            f"{settings.data_dir} is not a data folder; name it by --data, or set ORTHOKV_DATABASE_URL",
             BAD_INPUT,
         )
     return settings

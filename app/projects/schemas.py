@@ -25,7 +25,7 @@ class Limits(Body):
     dataset_bytes: ByteLimit | None = None
     model_bytes: ByteLimit | None = Field(None, description="Weights of the largest model, as stored.")
     retention_days: Annotated[int, Field(ge=1, le=36_500)] | None = Field(
-        None, description="Jobs and all that they made are deleted so long after their end. `null`: never."
+        None, description="Jobs and all that they made are deleted this long after their end. `null`: never."
     )
 
 
@@ -84,7 +84,7 @@ class ApiKey(Resource):
     id: str
     project_id: str
     name: str
-    prefix: str = Field(description="The beginning of the key, which is no secret.", examples=["okv_0"])
+    prefix: str = Field(description="The beginning of the key, which is not secret.", examples=["okv_0"])
     scopes: list[Scope]
     created_at: datetime
     expires_at: datetime | None

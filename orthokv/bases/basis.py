@@ -1,9 +1,9 @@
 """Bases for keys and values: what is stored per layer, and the manifold they live on.
 
-A basis maps the heads of one *group* to a latent and back. With ``x`` a row of ``width`` numbers (the concatenated heads
-of the group), ``z = x E`` is cached and ``x' = z D^T`` stands in for ``x``. A point of the Stiefel manifold has ``E = D``
+A basis maps the heads of one *group* to a latent and back. With `x` a row of `width` numbers (the concatenated heads
+of the group), `z = x E` is cached and `x' = z D^T` stands in for `x`. A point of the Stiefel manifold has `E = D`
 with orthonormal columns; an *oblique* pair has two matrices (the closed-form optimum under a weighting is one).
-Columns are ordered: the first ``r`` columns are the basis of rank ``r``.
+Columns are ordered: the first `r` columns are the basis of rank `r`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Basis:
     """Encoder and decoder of the keys, or of the values, of one layer.
 
     Attributes:
-        encoder: ``[stored groups, width, rank]``, floating point.
-        decoder: same shape; the same tensor object as ``encoder`` for an orthonormal basis.
-        kv_heads: KV heads of the layer. ``width / head_dim`` of them share a group.
+        encoder: `[stored groups, width, rank]`, floating point.
+        decoder: same shape; the same tensor object as `encoder` for an orthonormal basis.
+        kv_heads: KV heads of the layer. `width / head_dim` of them share a group.
         head_dim: numbers per head.
 
-    ``stored groups`` is 1 where every group uses the same matrices (``tied``) or there is one (``joint``), else the number of
+    `stored groups` is 1 where every group uses the same matrices (`tied`) or there is one (`joint`), else the number of
     groups.
     """
 
@@ -60,7 +60,7 @@ class Basis:
         return self.groups * self.rank
 
     def encode(self, x: Tensor) -> Tensor:
-        """``[B, kv_heads, T, head_dim]`` -> ``[B, groups, T, rank]``."""
+        """`[B, kv_heads, T, head_dim]` -> `[B, groups, T, rank]`."""
         batch, _, tokens, _ = x.shape
         heads = self.width // self.head_dim
         if heads > 1:
@@ -69,7 +69,7 @@ class Basis:
         return x @ self.encoder
 
     def decode(self, z: Tensor) -> Tensor:
-        """``[B, groups, T, rank]`` -> ``[B, kv_heads, T, head_dim]``."""
+        """`[B, groups, T, rank]` -> `[B, kv_heads, T, head_dim]`."""
         batch, _, tokens, _ = z.shape
         x = z @ self.decoder.transpose(-1, -2)
         heads = self.width // self.head_dim
@@ -79,29 +79,29 @@ class Basis:
         return x
 
     def decoder_per_head(self) -> Tensor:
-        """The rows of the decoder that belong to each KV head: ``[kv_heads, head_dim, rank]``."""
+        """The rows of the decoder that belong to each KV head: `[kv_heads, head_dim, rank]`."""
         if self.width == self.head_dim:
             return self.decoder.expand(self.kv_heads, -1, -1)
         return self.decoder.reshape(self.kv_heads, self.head_dim, self.rank)
 
     def query_to_latent(self, query: Tensor) -> Tensor:
-        """``[B, H, T, head_dim]`` -> ``[B, H, T, rank]``, so that ``query . decode(z) = result . z``."""
+        """`[B, H, T, head_dim]` -> `[B, H, T, rank]`, so that `query . decode(z) = result . z`."""
         batch, heads, tokens, _ = query.shape
         grouped = query.reshape(batch, self.kv_heads, -1, self.head_dim)
         return (grouped @ self.decoder_per_head()).view(batch, heads, tokens, self.rank)
 
     def output_from_latent(self, output: Tensor) -> Tensor:
-        """``[B, T, H, rank]`` -> ``[B, T, H, head_dim]``: attention over latents, lifted by the value basis."""
+        """`[B, T, H, rank]` -> `[B, T, H, head_dim]`: attention over latents, lifted by the value basis."""
         batch, tokens, heads, _ = output.shape
         grouped = output.view(batch, tokens, self.kv_heads, heads // self.kv_heads, self.rank)
         lifted = grouped @ self.decoder_per_head().transpose(-1, -2)
         return lifted.reshape(batch, tokens, heads, self.head_dim)
 
     def truncate(self, rank: int) -> Basis:
-        """The basis of the first ``rank`` columns.
+        """The basis of the first `rank` columns.
 
         Raises:
-            InvalidSetting: ``rank`` is not between 1 and the present rank.
+            InvalidSetting: `rank` is not between 1 and the present rank.
         """
         if not 1 <= rank <= self.rank:
             raise InvalidSetting(f"rank {rank} is outside 1..{self.rank} (width {self.width})")

@@ -10,16 +10,16 @@ from torch import Tensor
 
 
 def orthonormality_error(matrix: Tensor) -> float:
-    """Largest entry of ``|P^T P - I|`` over a stack of matrices ``[..., width, rank]``, in float64."""
+    """Largest entry of `|P^T P - I|` over a stack of matrices `[..., width, rank]`, in float64."""
     p = matrix.double()
     eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
     return float((p.transpose(-1, -2) @ p - eye).abs().max())
 
 
 def cholesky_qr(a: Tensor) -> Tensor:
-    """Orthonormal columns with the same nested spans as ``a`` ``[..., width, rank]`` (CholeskyQR2).
+    """Orthonormal columns with the same nested spans as `a` `[..., width, rank]` (CholeskyQR2).
 
-    Two rounds of ``A R^-1`` with ``R`` from the Cholesky factor of ``A^T A``: batched matrix products and small triangular
+    Two rounds of `A R^-1` with `R` from the Cholesky factor of `A^T A`: batched matrix products and small triangular
     solves only, where batched QR on CUDA loops over the matrices. Accurate while cond(A) is below 1/sqrt(eps), which
     always holds for a point of the manifold plus a step. Where it does not hold the result is not finite, which the loss
     shows: asking each time would stop a GPU's queue.
@@ -32,14 +32,14 @@ def cholesky_qr(a: Tensor) -> Tensor:
 
 
 def qr(a: Tensor) -> Tensor:
-    """Q of the QR decomposition with a positive diagonal of R, which makes it a continuous function of ``a``."""
+    """Q of the QR decomposition with a positive diagonal of R, which makes it a continuous function of `a`."""
     q, r = torch.linalg.qr(a)
     diagonal: Tensor = torch.diagonal(r, dim1=-2, dim2=-1)
     return cast(Tensor, q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2))
 
 
 def polar(a: Tensor, iterations: int = 12) -> Tensor:
-    """The nearest point of the manifold to ``a`` (its polar factor), by Newton-Schulz; needs ``|A^T A - I| < 1``."""
+    """The nearest point of the manifold to `a` (its polar factor), by Newton-Schulz; needs `|A^T A - I| < 1`."""
     for _ in range(iterations):
         a = 1.5 * a - 0.5 * a @ (a.transpose(-1, -2) @ a)
     return a
@@ -49,7 +49,7 @@ RETRACTIONS: dict[str, Callable[[Tensor], Tensor]] = {"cholesky": cholesky_qr, "
 
 
 def duals(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """``A^-T`` of square matrices ``[n, width, width]``; not finite where there is none, see :func:`cholesky_qr`.
+    """`A^-T` of square matrices `[n, width, width]`; not finite where there is none, see `cholesky_qr`.
 
     Those of one width are inverted together, which on a GPU costs hardly more than one of them.
     """
@@ -66,6 +66,6 @@ def duals(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 def tangent(point: Tensor, gradient: Tensor) -> Tensor:
-    """Project a Euclidean gradient on the tangent space at ``point``: ``G - P sym(P^T G)`` (Absil et al. 2008, 3.6.1)."""
+    """Project a Euclidean gradient on the tangent space at `point`: `G - P sym(P^T G)` (Absil et al. 2008, 3.6.1)."""
     inner = point.transpose(-1, -2) @ gradient
     return gradient - point @ (0.5 * (inner + inner.transpose(-1, -2)))

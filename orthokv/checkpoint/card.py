@@ -30,11 +30,11 @@ _FILES = {
 
 
 def model_card(config: Mapping[str, Any], *, repo_id: str | None = None) -> str:
-    """The README of a checkpoint from its ``orthokv.json``: Markdown with the hub's YAML front matter.
+    """The README of a checkpoint from its `orthokv.json`: Markdown with the hub's YAML front matter.
 
-    ``repo_id`` is the hub repository that the card is for, None for a folder.
+    `repo_id` is the hub repository that the card is for, None for a folder.
 
-    Every figure comes from ``config``; what was not measured is said to be so. Folders of the machine that made the
+    Every figure comes from `config`; what was not measured is said to be so. Folders of the machine that made the
     checkpoint are not published: a local base model or data set appears by its last name only.
     """
     name = _display_name(config["base_model"]["id"], hub=_hub_id(config) is not None)

@@ -1,6 +1,6 @@
 """Publishing a checkpoint on the hub: the card, the files that a checkpoint may hold and no others, one commit.
 
-The hub client finds the token itself (``HF_TOKEN``, or the file of ``hf auth login``): it is no argument here, so it can
+The hub client finds the token itself (`HF_TOKEN`, or the file of `hf auth login`): it is not an argument here, so it can
 stand in no call, log or error.
 """
 
@@ -63,7 +63,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Pushed:
-    """``commit`` is the hash (40 hex digits) of the commit that holds the checkpoint, ``url`` shows it."""
+    """`commit` is the hash (40 hex digits) of the commit that holds the checkpoint, `url` shows it."""
 
     repo_id: str
     revision: str
@@ -75,7 +75,7 @@ def push(folder: Path, repo_id: str, *, private: bool = False, revision: str = "
     """Publish a checkpoint as a hub repository; pushed again unchanged, no new commit is made.
 
     Args:
-        repo_id: ``owner/name``; made where it is missing.
+        repo_id: `owner/name`; made where it is missing.
         private: make the repository private. One that exists must be private already.
         revision: a branch, made where it is missing.
 
@@ -91,10 +91,10 @@ def prepare(folder: Path, repo_id: str) -> Prepared:
     """Verify a checkpoint and write what is different on the hub; nothing is asked of the network.
 
     Different are the card, which loads the repository instead of a folder, and the names of local models and texts,
-    of which only the last part is published. Files that ``SHA256SUMS`` does not list are never sent.
+    of which only the last part is published. Files that `SHA256SUMS` does not list are never sent.
 
     Raises:
-        InvalidSetting, InvalidCheckpoint: as :func:`push`.
+        InvalidSetting, InvalidCheckpoint: as `push`.
     """
     if not is_repository(repo_id):
         raise InvalidSetting(f"{repo_id!r} is not the id of a hub repository: owner/name")
@@ -124,10 +124,10 @@ def prepare(folder: Path, repo_id: str) -> Prepared:
 
 
 def upload(prepared: Prepared, *, private: bool = False, revision: str = "main") -> Pushed:
-    """Send what :func:`prepare` made, as one commit upon the state of the branch that was looked at.
+    """Send what `prepare` made, as one commit upon the state of the branch that was looked at.
 
     Raises:
-        InvalidSetting, PushFailed: as :func:`push`.
+        InvalidSetting, PushFailed: as `push`.
     """
     if not _BRANCH.fullmatch(revision):
         raise InvalidSetting(f"{revision!r} is not the name of a branch")

@@ -1,8 +1,8 @@
 """The checkpoint format, version 1: write, read, verify.
 
-An *adapter* is ``orthokv.json``, ``orthokv.safetensors``, the profile, a model card and ``SHA256SUMS``. A *full* checkpoint
-adds the base model's own files, unchanged but for ``config.json``, whose ``quantization_config`` makes
-``AutoModelForCausalLM.from_pretrained`` attach the bases. Nothing but JSON, safetensors and text is ever written or read.
+An *adapter* is `orthokv.json`, `orthokv.safetensors`, the profile, a model card and `SHA256SUMS`. A *full* checkpoint
+adds the base model's own files, unchanged but for `config.json`, whose `quantization_config` makes
+`AutoModelForCausalLM.from_pretrained` attach the bases. Nothing but JSON, safetensors and text is ever written or read.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def write_checkpoint(
     """Write a checkpoint into a new folder and return it as read back.
 
     Args:
-        polished: the profile with bases made better at this plan's ranks (:func:`orthokv.fit.polish.polish`), which the
+        polished: the profile with bases made better at this plan's ranks (`orthokv.fit.polish.polish`), which the
             checkpoint gets; None: those of the profile. The profile in the checkpoint is always the one that serves every
             budget.
-        base: the base model's files; needed for ``form="full"``. Where given, it must be the profile's.
+        base: the base model's files; needed for `form="full"`. Where given, it must be the profile's.
 
     Raises:
-        InvalidSetting: unknown form, ``out`` is taken, or the base model is missing for a full checkpoint.
-        CheckpointMismatch: ``base`` is not the model that the profile was made from.
+        InvalidSetting: unknown form, `out` is taken, or the base model is missing for a full checkpoint.
+        CheckpointMismatch: `base` is not the model that the profile was made from.
         StorageError: the disk is full or read-only; nothing is left behind.
     """
     if form not in FORMS:
@@ -149,14 +149,14 @@ def _copy_base(base: ModelSource, folder: Path, profile: ErrorProfile) -> None:
 
 
 def write_described(folder: Path, config: CheckpointRecord) -> None:
-    """Write ``orthokv.json`` and everything that follows from it: the model card and the digests."""
+    """Write `orthokv.json` and everything that follows from it: the model card and the digests."""
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     (folder / CARD).write_text(model_card(config), encoding="utf-8")
     (folder / SUMS).write_text(sums_of(folder), encoding="utf-8")
 
 
 def record_measurements(folder: Path, measured: dict[str, Any]) -> None:
-    """Put measured quality into a checkpoint: ``orthokv.json``, the model card and the digests follow.
+    """Put measured quality into a checkpoint: `orthokv.json`, the model card and the digests follow.
 
     Raises:
         StorageError: the disk is full or read-only; the checkpoint is as it was.

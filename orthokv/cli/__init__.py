@@ -1,4 +1,4 @@
-"""``orthokv``: the library from a terminal. Exit codes: 0 done, 2 bad input, 3 budget unreachable, 1 a bug."""
+"""`orthokv`: the library from a terminal. Exit codes: 0 done, 2 bad input, 3 budget unreachable, 1 a bug."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def file_digest(path: Path) -> str:
 
 
 def sums_of(folder: Path) -> str:
-    """The text of ``SHA256SUMS`` for everything else in a folder, sorted by name, as ``sha256sum --check`` reads it."""
+    """The text of `SHA256SUMS` for everything else in a folder, sorted by name, as `sha256sum --check` reads it."""
     names = sorted(
         p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != SUMS
     )
@@ -25,7 +25,7 @@ def sums_of(folder: Path) -> str:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """File name -> sha256, from ``SHA256SUMS``."""
+    """File name -> sha256, from `SHA256SUMS`."""
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}

@@ -21,10 +21,10 @@ def refuse_taken(out: Path) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that appears whole or not at all: written beside ``out`` and renamed at the end.
+    """A folder that appears whole or not at all: written beside `out` and renamed at the end.
 
     Raises:
-        InvalidSetting: ``out`` exists and is not an empty folder.
+        InvalidSetting: `out` exists and is not an empty folder.
         StorageError: writing failed, a full disk for example; everything written is removed.
     """
     refuse_taken(out)

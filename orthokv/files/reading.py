@@ -14,7 +14,7 @@ from orthokv.spec.errors import InvalidCheckpoint
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or :class:`InvalidCheckpoint` naming the file."""
+    """A JSON object from a file, or `InvalidCheckpoint` naming the file."""
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError:
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a file, checked for finiteness, or :class:`InvalidCheckpoint` naming the file."""
+    """All tensors and the metadata of a file, checked for finiteness, or `InvalidCheckpoint` naming the file."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -13,7 +13,7 @@ PART_TOKENS = 512
 
 
 def model_logits(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Tensor:
-    """Next-token logits ``[tokens - 1, vocabulary]`` of one block that begins at position ``start``, as the model is now;
+    """Next-token logits `[tokens - 1, vocabulary]` of one block that begins at position `start`, as the model is now;
     differentiable, in its own dtype.
     """
     ids = tokens.unsqueeze(0).to(model.device)
@@ -23,12 +23,12 @@ def model_logits(model: PreTrainedModel, tokens: Tensor, start: int = 0) -> Tens
 
 
 def kl_sum(dense: Tensor, other: Tensor) -> Tensor:
-    """Sum over tokens of KL(dense || other), nats, from logits ``[tokens, vocabulary]``; differentiable, float64."""
+    """Sum over tokens of KL(dense || other), nats, from logits `[tokens, vocabulary]`; differentiable, float64."""
     p, q = dense.float().log_softmax(-1), other.float().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).double().sum()
 
 
 def divergence(dense: Tensor, other: Tensor) -> float:
-    """:func:`kl_sum` in parts: four more tables of the logits' size would be the largest tensors of a run."""
+    """`kl_sum` in parts: four more tables of the logits' size would be the largest tensors of a run."""
     parts = zip(dense.split(PART_TOKENS), other.split(PART_TOKENS), strict=True)
     return float(torch.stack([kl_sum(p, q) for p, q in parts]).sum())

@@ -1,4 +1,4 @@
-"""Which heads of a layer share a basis, chosen layer by layer (``sharing="auto"``).
+"""Which heads of a layer share a basis, chosen layer by layer (`sharing="auto"`).
 
 A wider group needs fewer numbers for the same error: heads of a layer carry much the same information. But a kernel that
 rebuilds keys before RoPE does as many FLOP per byte of latent as the group is wide, whatever the rank; above a few hundred it
@@ -29,7 +29,7 @@ SHARING_TOLERANCE = 0.03
 def fit_layer(
     method: Method, view: LayerView, choice: SharingChoice, seed: int, samples: int
 ) -> LayerProfile:
-    """Fit one layer and measure its errors on ``samples`` blocks; under ``auto`` in every form, of which one is kept."""
+    """Fit one layer and measure its errors on `samples` blocks; under `auto` in every form, of which one is kept."""
     return narrowest_good(
         {
             sharing: measure_layer(view, method.fit(view, sharing, seed).stored(), samples, sharing)
@@ -39,7 +39,7 @@ def fit_layer(
 
 
 def narrowest_good(fitted: Mapping[Sharing, LayerProfile]) -> LayerProfile:
-    """The narrowest form of a layer whose error at equal bytes is within :data:`SHARING_TOLERANCE` of the best form's.
+    """The narrowest form of a layer whose error at equal bytes is within `SHARING_TOLERANCE` of the best form's.
 
     Args:
         fitted: one layer in each form, narrowest first; the one that is returned notes what was compared.

@@ -21,7 +21,7 @@ SPREAD_SHARE = 0.25
 def measure_layer(
     task: LayerTask, fitted: FittedBases | LayerProfile, samples: int, sharing: Sharing
 ) -> LayerProfile:
-    """Measure a layer's error at every pair of candidate ranks, on ``samples`` evenly chosen calibration blocks.
+    """Measure a layer's error at every pair of candidate ranks, on `samples` evenly chosen calibration blocks.
 
     At one pair, a quarter of both widths, it is also measured sequence by sequence, on held-out ones too.
     """
@@ -55,7 +55,7 @@ def measure_layer(
 
 
 def spread_blocks(count: int, samples: int) -> list[int]:
-    """Which of ``count`` fitted blocks are looked at one by one; the error surface is measured on ``samples`` of these."""
+    """Which of `count` fitted blocks are looked at one by one; the error surface is measured on `samples` of these."""
     return evenly(count, max(samples, SPREAD_BLOCKS))
 
 

@@ -18,10 +18,10 @@ class LayerMoments:
 
     Attributes:
         tokens: calibration tokens seen.
-        key: ``[kv_width, kv_width]``, all KV heads concatenated; before or after RoPE as the seam's key mode says.
-        value: ``[kv_width, kv_width]``.
-        query: ``[kv_heads, head_dim, head_dim]``, summed over the query heads that read a KV head.
-        key_mean, value_mean: ``[kv_width]``.
+        key: `[kv_width, kv_width]`, all KV heads concatenated; before or after RoPE as the seam's key mode says.
+        value: `[kv_width, kv_width]`.
+        query: `[kv_heads, head_dim, head_dim]`, summed over the query heads that read a KV head.
+        key_mean, value_mean: `[kv_width]`.
     """
 
     tokens: int
@@ -34,7 +34,7 @@ class LayerMoments:
 
 @torch.no_grad()
 def run_and_measure(walk: LayerWalk, seam: Seam, layer: int, blocks: int) -> LayerMoments:
-    """Run one layer uncompressed and collect its moments over the first ``blocks`` blocks on the way."""
+    """Run one layer uncompressed and collect its moments over the first `blocks` blocks on the way."""
     collector = _Collector(seam.geometry, walk.device)
     seam.observe(layer, collector)
     try:

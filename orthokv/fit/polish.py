@@ -2,7 +2,7 @@
 
 A profile's bases serve every budget, which costs something at each: a fit that may forget all ranks but one is better there.
 A short refinement of one plan gets that back, whatever the budget, and the profile stays as it is
-(``docs/decisions/0015-polish.md``).
+(`docs/decisions/0015-polish.md`).
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def polish(
     """The profile with bases refined at the ranks of one plan, on the blocks that it was fitted on.
 
     Its errors are still those of the old bases: it is for a checkpoint of that plan, not for other plans
-    (:func:`orthokv.checkpoint.write.write_checkpoint`). It is the profile itself where there is nothing to do (no steps by
-    :func:`polish_steps`, or full ranks, which lose nothing), and where nobody asked for steps and the model is streamed.
+    (`orthokv.checkpoint.write.write_checkpoint`). It is the profile itself where there is nothing to do (no steps by
+    `polish_steps`, or full ranks, which lose nothing), and where nobody asked for steps and the model is streamed.
 
     Raises:
-        InvalidSetting: see :func:`check_polish`; or ``asked`` is above 0 with a model that is streamed from disk, or the blocks
+        InvalidSetting: see `check_polish`; or `asked` is above 0 with a model that is streamed from disk, or the blocks
             are others than the profile's or lie elsewhere.
         InvalidModel: the divergence is not finite.
     """

@@ -2,9 +2,9 @@
 
 Layer errors are the objective of every method before: they are local, so layers can be fitted apart, but they know neither
 what later layers make of an error nor that errors of several layers add up. Here the whole compressed model runs, and its
-bases move to bring ``KL(uncompressed || compressed)`` of the next-token distribution down, at plans of many budgets in
+bases move to bring `KL(uncompressed || compressed)` of the next-token distribution down, at plans of many budgets in
 turn, so that the bases stay nested: one refined profile still serves every budget. At a single plan they move a little
-further: what that plan's own checkpoint is polished by (``docs/decisions/0015-polish.md``).
+further: what that plan's own checkpoint is polished by (`docs/decisions/0015-polish.md`).
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Refinement:
 
 @dataclass
 class _Side:
-    """Keys or values of one layer: the fitted basis ``E, D`` turned by ``A``: encoder ``E A``, decoder ``D A^-T``.
+    """Keys or values of one layer: the fitted basis `E, D` turned by `A`: encoder `E A`, decoder `D A^-T`.
 
-    ``A`` starts as the identity and keeps every prefix of the columns a projector; it is orthogonal where the basis is.
+    `A` starts as the identity and keeps every prefix of the columns a projector; it is orthogonal where the basis is.
     """
 
     basis: Basis
@@ -87,7 +87,7 @@ class _Side:
         return cls(basis.to(device), eye)
 
     def turned(self, turn: Tensor, dual: Tensor, rank: int) -> Basis:
-        """The basis turned by ``turn``, whose inverse is ``dual^T``."""
+        """The basis turned by `turn`, whose inverse is `dual^T`."""
         basis = self.basis
         encoder = basis.encoder @ turn[..., :rank]
         if basis.orthonormal:
@@ -124,7 +124,7 @@ def can_refine(model: PreTrainedModel, **asked: int | None) -> bool:
 
 
 def watched_texts(model: PreTrainedModel, blocks: Blocks, seed: int) -> list[Blocks]:
-    """Text that the model writes itself, placed like ``blocks``, to watch a refinement on besides held-out ones; none from a
+    """Text that the model writes itself, placed like `blocks`, to watch a refinement on besides held-out ones; none from a
     model without a BOS token to begin with.
     """
     length = min(int(blocks.tokens.shape[1]), SECOND_DOMAIN_LENGTH)
@@ -154,7 +154,7 @@ class _Student:
         return [side.turn for pair in self.sides for side in pair]
 
     def turned(self, turns: Sequence[Tensor], ranks: Ranks) -> list[tuple[Basis, Basis]]:
-        """Every layer's bases of the given ranks, turned by ``turns`` (in the order of :attr:`turns`)."""
+        """Every layer's bases of the given ranks, turned by `turns` (in the order of `turns`)."""
         flat = [side for pair in self.sides for side in pair]
         # The inverse of an orthogonal matrix is its transpose.
         inverses = turns if all(side.basis.orthonormal for side in flat) else duals(turns)
@@ -192,7 +192,7 @@ class _Teacher:
 
     @torch.no_grad()
     def logits(self, block: Block, number: int | None = None) -> Tensor:
-        """Logits ``[T - 1, vocabulary]``; under ``number`` the block is remembered."""
+        """Logits `[T - 1, vocabulary]`; under `number` the block is remembered."""
         if number is None:
             return self._run(block)
         if number not in self._last:
@@ -226,10 +226,10 @@ def refine(
 ) -> tuple[ErrorProfile, list[float]]:
     """Refine all bases of a profile, and the score at every check.
 
-    Plans of many budgets are trained in turn, so that the bases stay nested; or ``plan`` alone, at whose ranks they end up
+    Plans of many budgets are trained in turn, so that the bases stay nested; or `plan` alone, at whose ranks they end up
     better, and at others worse.
 
-    The score is the mean logarithm of the divergence over ``checks``: texts that are not trained on, one of them from
+    The score is the mean logarithm of the divergence over `checks`: texts that are not trained on, one of them from
     another domain, so that what is kept did not merely adapt to the calibration text. The bases with the best score are
     returned, those of the start included. The errors in the result are still those of the old bases: measure them anew.
 

@@ -27,7 +27,7 @@ def separate_divergences(
     """KL(dense || compressed) in nats, mean over tokens, of each layer compressed alone, at every layer.
 
     In one pass over the layers: the hidden states of a model with one compressed layer leave the uncompressed ones there.
-    ``layers + 1`` sets of hidden states are held at its end.
+    `layers + 1` sets of hidden states are held at its end.
     """
     n = len(blocks)
     with compressed(seam, [None] * len(bases)):
@@ -65,7 +65,7 @@ def sensitivities(
 ) -> list[float]:
     """KL divergence of the predictions per squared error of each layer, with only that layer compressed.
 
-    The error in the denominator is the profile's own at the same ranks, so that ``sensitivity * error^2`` reproduces the
+    The error in the denominator is the profile's own at the same ranks, so that `sensitivity * error^2` reproduces the
     measured divergence there.
     """
     points = [_sensitivity_point(layer) for layer in profile.layers]
@@ -83,7 +83,7 @@ def sensitivities(
 
 
 def _sensitivity_point(layer: LayerProfile) -> tuple[int, int]:
-    """Indices of the candidate ranks closest to :data:`SENSITIVITY_SHARE` of the widths."""
+    """Indices of the candidate ranks closest to `SENSITIVITY_SHARE` of the widths."""
 
     def closest(ranks: tuple[int, ...]) -> int:
         return min(range(len(ranks)), key=lambda i: abs(ranks[i] / ranks[-1] - SENSITIVITY_SHARE))

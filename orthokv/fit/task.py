@@ -41,7 +41,7 @@ class LayerTask:
         return self.seam.geometry
 
     def loss(self, bases: LayerBases, blocks: list[int]) -> Tensor:
-        """Squared relative error of the layer's output over some blocks, ``||Z - Z~||^2 / ||Z||^2`` (paper section 2)."""
+        """Squared relative error of the layer's output over some blocks, `||Z - Z~||^2 / ||Z||^2` (paper section 2)."""
         target = self._target(blocks)
         return (self._compressed(bases, blocks) - target).square().sum() / target.square().sum()
 
@@ -78,7 +78,7 @@ class LayerTask:
 class LayerView(LayerTask):
     """What a method may use to fit a layer: besides its loss, the moments and the output projection.
 
-    ``output_weight`` is float64 ``[hidden, heads * head_dim]``.
+    `output_weight` is float64 `[hidden, heads * head_dim]`.
     """
 
     moments: LayerMoments
@@ -86,7 +86,7 @@ class LayerView(LayerTask):
 
 
 def view_layer(walk: LayerWalk, seam: Seam, layer: int, blocks: int | None = None) -> LayerView:
-    """Run a layer and return everything that fitting it on the first ``blocks`` blocks needs (None: on all)."""
+    """Run a layer and return everything that fitting it on the first `blocks` blocks needs (None: on all)."""
     blocks = len(walk.inputs) if blocks is None else blocks
     moments = run_and_measure(walk, seam, layer, blocks)
     architecture = architecture_of(seam.model.config)

@@ -25,7 +25,7 @@ class _Stop(Exception):
 
 
 def _with_shared_tensors(arguments: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """``arguments`` with the tensors of ``known`` where they are equal: a mask, the largest, is so at every start."""
+    """`arguments` with the tensors of `known` where they are equal: a mask, the largest, is so at every start."""
 
     def shared(value: Any, other: Any) -> Any:
         same = isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape
@@ -39,14 +39,14 @@ class LayerWalk:
 
     Args:
         model: a supported model in evaluation mode, whole or streamed from disk.
-        tokens: int64 ``[num_samples, sequence_length]``.
+        tokens: int64 `[num_samples, sequence_length]`.
         batch_size: blocks per forward of a layer.
         starts: position of each block's first token; None: all begin at 0.
 
     Raises:
         InvalidSetting: a block begins where this model has no position for it.
 
-    ``inputs`` and ``outputs`` hold the present layer's hidden states, ``[num_samples, T, hidden]`` in the model's dtype, on its
+    `inputs` and `outputs` hold the present layer's hidden states, `[num_samples, T, hidden]` in the model's dtype, on its
     device or spilled to files.
     """
 
@@ -90,14 +90,14 @@ class LayerWalk:
         return len(self.layers)
 
     def batches(self, blocks: int) -> Iterator[slice]:
-        """Slices of at most ``batch_size`` blocks, in order."""
+        """Slices of at most `batch_size` blocks, in order."""
         for start in range(0, blocks, self.batch_size):
             yield slice(start, min(start + self.batch_size, blocks))
 
     def _by_start(
         self, blocks: Sequence[int], states: Tensor, run: Callable[[Tensor, int], Tensor]
     ) -> Tensor:
-        """``run(states, start)`` on ``states`` ``[b, ...]`` of ``blocks``, apart for blocks that begin at other positions."""
+        """`run(states, start)` on `states` `[b, ...]` of `blocks`, apart for blocks that begin at other positions."""
         starts = [self.starts[block] for block in blocks]
         if len(set(starts)) == 1:
             return run(states, starts[0])
@@ -140,7 +140,7 @@ class LayerWalk:
         return self.model(tokens, use_cache=False, **positions_from(start, tokens, self.device))
 
     def forward(self, layer: int, hidden: Tensor, blocks: Sequence[int]) -> Tensor:
-        """One decoder layer on ``hidden`` ``[b, T, hidden]`` of some blocks, through whatever the seam does there now."""
+        """One decoder layer on `hidden` `[b, T, hidden]` of some blocks, through whatever the seam does there now."""
 
         def run(hidden: Tensor, start: int) -> Tensor:
             output = self.layers[layer](hidden.to(self.device), **self._arguments[start][layer])
@@ -150,7 +150,7 @@ class LayerWalk:
 
     @torch.no_grad()
     def run(self, layer: int) -> None:
-        """Fill ``outputs`` with what the layer makes of ``inputs``.
+        """Fill `outputs` with what the layer makes of `inputs`.
 
         Raises:
             InvalidModel: the layer produces numbers that are not finite.
@@ -159,7 +159,7 @@ class LayerWalk:
 
     @torch.no_grad()
     def through(self, layer: int, source: Tensor, target: Tensor, blocks: Sequence[int]) -> None:
-        """Like :meth:`run`, on any hidden states ``[n, T, hidden]`` of ``n`` ``blocks``; ``target`` may be ``source``."""
+        """Like `run`, on any hidden states `[n, T, hidden]` of `n` `blocks`; `target` may be `source`."""
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         for batch in self.batches(len(source)):
             output = self.forward(layer, source[batch], blocks[batch])
@@ -174,7 +174,7 @@ class LayerWalk:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor, blocks: slice) -> Tensor:
-        """Logits ``[b, T, vocabulary]`` of some blocks whose last layer's output is ``hidden`` ``[b, T, hidden]``.
+        """Logits `[b, T, vocabulary]` of some blocks whose last layer's output is `hidden` `[b, T, hidden]`.
 
         What follows the layers knows no positions, so these are the same wherever the blocks begin.
         """

@@ -26,13 +26,13 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Attach a checkpoint, measure it against the same model without it, and detach.
 
-    Predictions and layers are measured where the blocks begin (:meth:`~orthokv.text.blocks.Blocks.placed`), which in key mode
-    ``post`` matters; bytes and speed do not depend on it.
+    Predictions and layers are measured where the blocks begin (`placed`), which in key mode
+    `post` matters; bytes and speed do not depend on it.
 
     Returns:
-        ``perplexity``, ``perplexity_dense``, ``kl`` (nats a token), ``kept``, ``cache_bytes_per_token``,
-        ``cache_bytes_per_token_dense``, ``tokens``, ``layer_error`` and ``layer_cosine`` by layer, ``dataset``; with ``speed``
-        also ``tokens_per_second``, ``tokens_per_second_dense`` and ``device``, but not of a model that is streamed from disk:
+        `perplexity`, `perplexity_dense`, `kl` (nats a token), `kept`, `cache_bytes_per_token`,
+        `cache_bytes_per_token_dense`, `tokens`, `layer_error` and `layer_cosine` by layer, `dataset`; with `speed`
+        also `tokens_per_second`, `tokens_per_second_dense` and `device`, but not of a model that is streamed from disk:
         it would be the disk's speed.
     """
     attach(model, checkpoint)

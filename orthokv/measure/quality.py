@@ -29,7 +29,7 @@ from orthokv.text.blocks import Blocks
 class Quality:
     """Predictions with and without compression, on the same blocks.
 
-    ``kl`` is the mean over tokens of KL(dense || compressed) of the next-token distribution, in nats; ``changes`` the change
+    `kl` is the mean over tokens of KL(dense || compressed) of the next-token distribution, in nats; `changes` the change
     of the mean negative log-likelihood of each block, in nats a token.
     """
 
@@ -87,7 +87,7 @@ def _perplexity(mean_nll: float) -> float:
 def quality(
     seam: Seam, bases: Sequence[LayerBases], blocks: Blocks, report: Reporter = silent, batch_size: int = 4
 ) -> Quality:
-    """Perplexity and KL of ``bases`` on ``blocks`` (logits of one block at a time are held).
+    """Perplexity and KL of `bases` on `blocks` (logits of one block at a time are held).
 
     Raises:
         InvalidModel: the predictions are not finite.
@@ -103,10 +103,10 @@ def quality_by_layer(
     batch_size: int = 4,
     compared: int = 4,
 ) -> tuple[Quality, list[Comparison]]:
-    """:func:`quality`, and every layer's output error and cosine on uncompressed inputs with that layer alone compressed.
+    """`quality`, and every layer's output error and cosine on uncompressed inputs with that layer alone compressed.
 
     Uncompressed and compressed hidden states go through the layers side by side, so that a model streamed from disk is read
-    once. The layers are compared on the first ``compared`` blocks.
+    once. The layers are compared on the first `compared` blocks.
 
     Raises:
         InvalidModel: the predictions are not finite.
@@ -131,7 +131,7 @@ def quality_by_layer(
 
 
 def _compare_predictions(walk: LayerWalk, dense_states: Tensor, states: Tensor) -> Quality:
-    """The quality of two sets of last hidden states ``[n, T, hidden]``."""
+    """The quality of two sets of last hidden states `[n, T, hidden]`."""
     nll = nll_dense = kl = 0.0
     changes: list[float] = []
     for i, tokens in enumerate(walk.tokens):
@@ -154,9 +154,9 @@ def _compare_predictions(walk: LayerWalk, dense_states: Tensor, states: Tensor) 
 
 @torch.no_grad()
 def cache_size(seam: Seam, bases: Sequence[LayerBases], tokens: Tensor) -> CacheSize:
-    """Prefill ``tokens`` ``[T]`` with and without compression and weigh both caches.
+    """Prefill `tokens` `[T]` with and without compression and weigh both caches.
 
-    A model loaded in 32 bits has an uncompressed cache of 32 bits a number: it is counted at 16, so that ``kept`` means the
+    A model loaded in 32 bits has an uncompressed cache of 32 bits a number: it is counted at 16, so that `kept` means the
     same everywhere.
     """
     ids = tokens.unsqueeze(0).to(seam.model.device)
@@ -177,7 +177,7 @@ def cache_size(seam: Seam, bases: Sequence[LayerBases], tokens: Tensor) -> Cache
 def tokens_per_second(
     seam: Seam, bases: Sequence[LayerBases], prompt: Tensor, new_tokens: int = 64
 ) -> tuple[float, float]:
-    """Greedy decoding speed ``(compressed, dense)`` of one sequence after ``prompt`` ``[T]``, tokens a second."""
+    """Greedy decoding speed `(compressed, dense)` of one sequence after `prompt` `[T]`, tokens a second."""
     speeds: list[float] = []
     for dense in (False, True):
         with without_seam(seam) if dense else compressed(seam, bases):

@@ -1,7 +1,7 @@
-"""The registry: which model types of ``transformers`` are supported, and where each keeps what the library needs.
+"""The registry: which model types of `transformers` are supported, and where each keeps what the library needs.
 
 A wrong guess about where rotary embedding, scaling or the output projection sits changes logits silently, so nothing is
-guessed: a model type has an entry in :data:`ARCHITECTURES`, proven by every test of ``tests/library/test_invariants.py``, or is
+guessed: a model type has an entry in `ARCHITECTURES`, proven by every test of `tests/library/test_invariants.py`, or is
 refused with the reason. What its configuration means stands in `orthokv.spec.architectures`, under the same name.
 """
 
@@ -119,7 +119,7 @@ ARCHITECTURES["cohere2"] = replace(
 
 
 def architecture_of(config: PreTrainedConfig) -> Architecture:
-    """The entry of :data:`ARCHITECTURES` for a configuration.
+    """The entry of `ARCHITECTURES` for a configuration.
 
     Raises:
         UnsupportedModel: see `orthokv.spec.architectures.model_type_of`.
@@ -137,6 +137,6 @@ def use_own_forward(architecture: Architecture, module: nn.Module) -> None:
 
 
 def restore_forward(architecture: Architecture, module: nn.Module) -> None:
-    """Undo :func:`use_own_forward`."""
+    """Undo `use_own_forward`."""
     if architecture.forward is not None:
         object.__delattr__(module, "forward")

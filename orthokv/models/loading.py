@@ -24,7 +24,7 @@ def load(
 ) -> PreTrainedModel:
     """The model for calibration and evaluation: float32 on a CPU, whose 16-bit arithmetic is slow and coarse.
 
-    Where it does not fit (``streaming="auto"``) or is asked for (``"on"``), its decoder layers stay on disk until they are
+    Where it does not fit (`streaming="auto"`) or is asked for (`"on"`), its decoder layers stay on disk until they are
     called, which is said in one line to the logger. Results are the same.
     """
     target = resolve_device(device)
@@ -43,6 +43,6 @@ def read_geometry(source: ModelSource) -> Geometry:
     """The geometry of a model on disk, from its configuration alone.
 
     Raises:
-        UnsupportedModel: see :func:`~orthokv.models.geometry.geometry_of`.
+        UnsupportedModel: see `geometry_of`.
     """
     return geometry_of(load_config(source))

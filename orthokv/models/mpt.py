@@ -1,6 +1,6 @@
 """Attention of MPT through the attention interface.
 
-``transformers`` computes it inside the module, where no seam reaches. This forward computes the same, with the ALiBi bias
+`transformers` computes it inside the module, where no seam reaches. This forward computes the same, with the ALiBi bias
 and the causal mask merged into one additive mask, as the interface wants it.
 """
 
@@ -27,9 +27,9 @@ def mpt_attention(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """``MptAttention.forward``: ``hidden_states`` ``[B, T, hidden]``, ``position_bias`` ``[heads, 1, longest context]``.
+    """`MptAttention.forward`: `hidden_states` `[B, T, hidden]`, `position_bias` `[heads, 1, longest context]`.
 
-    ``attention_mask`` ``[B, 1, T, S]`` is True where a token must not be seen.
+    `attention_mask` `[B, 1, T, S]` is True where a token must not be seen.
     """
     batch, tokens, _width = hidden_states.shape
     qkv = self.Wqkv(hidden_states)

@@ -1,8 +1,8 @@
 """Where a model comes from: a local folder or a hub id, checked before anything of it is loaded.
 
 A model is files of other people. Checked in this order: names (an allowlist; code and pickles are never
-downloaded), settings (no key that makes ``transformers`` run or fetch code), weights (every shard there, each
-header sound). ``transformers`` is then given a folder of links to the checked files and nothing else, so that
+downloaded), settings (no key that makes `transformers` run or fetch code), weights (every shard there, each
+header sound). `transformers` is then given a folder of links to the checked files and nothing else, so that
 adapters, pickles, templates or modules that lie beside them cannot be picked up.
 """
 
@@ -72,8 +72,8 @@ _SHARD = re.compile(r"\w[\w.-]*\.safetensors")
 class ModelSource:
     """A checked model on disk.
 
-    ``id`` is what the user named, ``revision`` the commit of a hub model (None for a folder), ``files`` the
-    names in ``folder`` that a load may read. ``digest`` (hex sha256) covers configuration and weights: equal
+    `id` is what the user named, `revision` the commit of a hub model (None for a folder), `files` the
+    names in `folder` that a load may read. `digest` (hex sha256) covers configuration and weights: equal
     digests mean the same model, wherever it lies.
     """
 
@@ -92,16 +92,16 @@ def resolve_model(
     max_weight_bytes: int | None = None,
     folders: bool = True,
 ) -> ModelSource:
-    """Find ``model`` (a folder, else a hub id), check it and pin it; weights of a hub model are downloaded.
+    """Find `model` (a folder, else a hub id), check it and pin it; weights of a hub model are downloaded.
 
-    With ``HF_HUB_OFFLINE=1``, or while the hub is down, the cached copy of the revision is used; the answer
-    says which commit that was. ``cache_dir`` None is the hub client's own cache. Weights of more than ``max_weight_bytes``
-    are refused before one of them is downloaded or read. Without ``folders`` it is a hub id, even where a folder of the
+    With `HF_HUB_OFFLINE=1`, or while the hub is down, the cached copy of the revision is used; the answer
+    says which commit that was. `cache_dir` None is the hub client's own cache. Weights of more than `max_weight_bytes`
+    are refused before one of them is downloaded or read. Without `folders` it is a hub id, even where a folder of the
     same name lies.
 
     Raises:
         ModelNotFound, ModelGated: there is no such folder, model or revision, or no way to it.
-        ModelTooLarge: its weights have more than ``max_weight_bytes``.
+        ModelTooLarge: its weights have more than `max_weight_bytes`.
         UnsafeModel: it would need pickles or code. UnsupportedModel: it is quantised, or an adapter.
         InvalidModel: files are missing, truncated or not JSON. StorageError: the cache cannot be written.
         InvalidSetting: a revision of a local folder.
@@ -207,7 +207,7 @@ def _select(model: str, folder: Path, names: frozenset[str]) -> tuple[str, ...]:
 
 
 def _weight_files(model: str, folder: Path, names: frozenset[str]) -> set[str]:
-    """``model.safetensors``, else the index with its shards: what transformers would load, in its order."""
+    """`model.safetensors`, else the index with its shards: what transformers would load, in its order."""
     if WEIGHTS in names:
         return {WEIGHTS}
     if INDEX in names:
@@ -240,7 +240,7 @@ def _read_json(model: str, folder: Path, name: str) -> dict[str, Any]:
 
 
 def _refuse_code(model: str, name: str, settings: dict[str, Any]) -> None:
-    # Records in a tokenizer's settings (``__type``) may begin with an underscore; nothing is made of them.
+    # Records in a tokenizer's settings (`__type`) may begin with an underscore; nothing is made of them.
     private = name != "tokenizer_config.json"
     stack: list[Any] = [settings]
     while stack:
@@ -290,9 +290,9 @@ def load_model(
     device: str = "cpu",
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The uncompressed model in evaluation mode, without gradients; ``dtype`` None keeps the stored one.
+    """The uncompressed model in evaluation mode, without gradients; `dtype` None keeps the stored one.
 
-    ``attn_implementation`` None takes ``sdpa`` where the model has it: it lacks softcaps and attention sinks.
+    `attn_implementation` None takes `sdpa` where the model has it: it lacks softcaps and attention sinks.
 
     Raises:
         UnsupportedModel: transformers has no causal language model of this type.
@@ -303,7 +303,7 @@ def load_model(
     with _only_checked(source) as folder, quiet_transformers():
         config = _load_config(source, folder)
         safety = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
-        # Other shapes are reported in ``info`` only where they are ignored; check_weights refuses them.
+        # Other shapes are reported in `info` only where they are ignored; check_weights refuses them.
         wanted: dict[str, Any] = {"dtype": dtype or "auto", "output_loading_info": True}
         wanted |= {"attn_implementation": attn_implementation, "ignore_mismatched_sizes": True}
         load: Any = AutoModelForCausalLM.from_pretrained
@@ -327,7 +327,7 @@ def load_config(source: ModelSource) -> Any:
     """The model's configuration as transformers reads it.
 
     Raises:
-        UnsupportedModel, InvalidModel: as :func:`load_model` would.
+        UnsupportedModel, InvalidModel: as `load_model` would.
     """
     with _only_checked(source) as folder, quiet_transformers():
         return _load_config(source, folder)
@@ -347,13 +347,13 @@ def _load_config(source: ModelSource, folder: Path) -> Any:
 
 
 def check_finite(source: ModelSource, name: str, tensor: torch.Tensor) -> None:
-    """Refuse a weight that is not finite; raises :class:`InvalidModel` naming it."""
+    """Refuse a weight that is not finite; raises `InvalidModel` naming it."""
     if tensor.is_floating_point() and not tensor.isfinite().all():
         raise InvalidModel(f"{name} of model {source.id} is not finite in {tensor.dtype}")
 
 
 def check_weights(source: ModelSource, info: dict[str, Any]) -> None:
-    """Refuse weights that do not fit the model, by what ``transformers`` reports of a load; raises :class:`InvalidModel`."""
+    """Refuse weights that do not fit the model, by what `transformers` reports of a load; raises `InvalidModel`."""
     faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     faults += [f"{name} has no place in the model" for name in sorted(info["unexpected_keys"])]
     for name, stored, expected in sorted(info["mismatched_keys"]):
@@ -410,7 +410,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device named ``auto`` (an accelerator, else the CPU), ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    """The device named `auto` (an accelerator, else the CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
 
     Raises:
         InvalidSetting: this machine has no such device.

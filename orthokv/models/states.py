@@ -21,7 +21,7 @@ _spill_folder: ContextVar[Path | None] = ContextVar("spill_folder", default=None
 
 @contextmanager
 def spilled_to(folder: Path | None) -> Iterator[None]:
-    """Hidden states of walks that begin inside the block are kept in files in ``folder`` (which exists), not in memory.
+    """Hidden states of walks that begin inside the block are kept in files in `folder` (which exists), not in memory.
 
     The files have no name and vanish with the walk. None keeps them in memory, on the model's device.
     """
@@ -33,7 +33,7 @@ def spilled_to(folder: Path | None) -> Iterator[None]:
 
 
 def empty_states(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for hidden states, on ``device`` or where :func:`spilled_to` says (then a tensor of the CPU's).
+    """Room for hidden states, on `device` or where `spilled_to` says (then a tensor of the CPU's).
 
     Raises:
         StorageError: the folder cannot be written, or is too small.
@@ -53,7 +53,7 @@ def empty_states(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
 
 
 def positions_from(start: int, tokens: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """What a forward is told of ``tokens`` ``[..., T]`` that begin at ``start``: nothing at 0, where it counts itself."""
+    """What a forward is told of `tokens` `[..., T]` that begin at `start`: nothing at 0, where it counts itself."""
     if start == 0:
         return {}
     return {"position_ids": torch.arange(start, start + tokens.shape[-1], device=device).unsqueeze(0)}

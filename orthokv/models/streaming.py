@@ -2,8 +2,8 @@
 
 What lies outside the decoder layers (embeddings, last norm, output head) is loaded once and stays. A layer's weights are
 read when its forward is called and stay until another layer's is, so fitting a layer for a thousand steps reads it once.
-Everything else sees an ordinary model. The reading is done by ``transformers``' own loader, which renames, fuses and converts
-tensors exactly as ``from_pretrained`` does; only what it is given at a time is ours.
+Everything else sees an ordinary model. The reading is done by `transformers`' own loader, which renames, fuses and converts
+tensors exactly as `from_pretrained` does; only what it is given at a time is ours.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from orthokv.models.source import (
 from orthokv.spec.errors import InvalidModel, InvalidSetting
 
 Streaming = Literal["auto", "on", "off"]
-# ``auto`` streams a model whose weights would take more than this share of the free memory: the rest is for activations.
+# `auto` streams a model whose weights would take more than this share of the free memory: the rest is for activations.
 LARGEST_SHARE = 0.6
 
 _DTYPES = {
@@ -71,7 +71,7 @@ class StoredTensor:
     dtype: torch.dtype
 
     def bytes_as(self, dtype: torch.dtype | None) -> int:
-        """Size in memory; ``dtype`` None keeps the stored one."""
+        """Size in memory; `dtype` None keeps the stored one."""
         loaded = dtype if dtype is not None and self.dtype.is_floating_point else self.dtype
         return torch.Size(self.shape).numel() * loaded.itemsize
 
@@ -102,7 +102,7 @@ def streaming_reason(
     """Why a model is to be streamed, as one sentence; None where it is loaded whole.
 
     Raises:
-        InvalidSetting: ``streaming`` is none of its values.
+        InvalidSetting: `streaming` is none of its values.
     """
     if streaming not in get_args(Streaming):
         raise InvalidSetting(f"streaming must be one of {', '.join(get_args(Streaming))}, not {streaming!r}")
@@ -195,7 +195,7 @@ class StreamedWeights:
             self._drop(index)
 
     def read(self, *prefixes: str) -> None:
-        """Load every weight of the model whose name begins with one of ``prefixes``."""
+        """Load every weight of the model whose name begins with one of `prefixes`."""
         keys = [key for key, target in self._targets.items() if target.startswith(prefixes)]
         with ExitStack() as stack:
             # Not mapped: the map of a file larger than the memory is refused, and its pages count as this process's.
@@ -263,10 +263,10 @@ def stream_model(
     device: str = "cpu",
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """The model of :func:`orthokv.models.source.load_model`, with its decoder layers left on disk until they are called.
+    """The model of `orthokv.models.source.load_model`, with its decoder layers left on disk until they are called.
 
     Raises:
-        UnsupportedModel, InvalidModel, InvalidSetting: as :func:`orthokv.models.source.load_model` would; a weight that is not
+        UnsupportedModel, InvalidModel, InvalidSetting: as `orthokv.models.source.load_model` would; a weight that is not
             finite is found when its layer is first loaded.
     """
     target, stored = resolve_device(device), stored_tensors(source)
@@ -282,7 +282,7 @@ def stream_model(
         except Exception as error:
             raise InvalidModel(f"model {source.id} cannot be built: {first_line(error)}") from error
         config = LoadStateDictConfig(
-            ignore_mismatched_sizes=True,  # reported in ``info`` instead, and refused below
+            ignore_mismatched_sizes=True,  # reported in `info` instead, and refused below
             device_map={"": target},
             dtype=dtype,
             dtype_plan=dtype_plan(model, dtype),

@@ -2,9 +2,9 @@
 
 Choosing one (rank_key, rank_value) per layer under a byte budget is a multiple-choice knapsack. It is small (about a
 thousand options a layer) and solved exactly by dynamic programming over bytes. Other rules stand beside it for comparison:
-``greedy``, ``uniform``, and those of the papers (``pareto`` of StiefAttention, ``threshold`` of EigenAttention).
+`greedy`, `uniform`, and those of the papers (`pareto` of StiefAttention, `threshold` of EigenAttention).
 
-What is minimised is the sum over layers of ``sensitivity * error^2``: the KL divergence that a layer's error causes on the
+What is minimised is the sum over layers of `sensitivity * error^2`: the KL divergence that a layer's error causes on the
 model's predictions, measured with only that layer compressed. Without sensitivities (a profile that skipped the
 measurement) it is the sum of squared errors.
 """
@@ -53,21 +53,21 @@ def allocate(
     grid: RankGrid = FREE,
     codec: CodecSpec = SIXTEEN_BIT,
 ) -> Plan:
-    """Ranks for a ``kept`` or ``layer_error`` budget.
+    """Ranks for a `kept` or `layer_error` budget.
 
     Args:
-        allocation: ``knapsack`` minimises the expected damage exactly; ``greedy`` takes the step of least damage per byte
-            until the budget is met; ``uniform`` gives all layers, keys and values the same share of their width.
-            ``pareto`` is StiefAttention's rule in the form that can be implemented from what is published: the fronts of
-            bytes against *depth-weighted error* (:func:`depth_weights`), walked down greedily to a ``kept`` budget, or for
-            ``layer_error`` the cheapest pair whose weighted error is within it. ``threshold`` is EigenAttention's
-            (:func:`threshold_ranks`); for ``kept`` its error budget is raised until its ranks fit.
+        allocation: `knapsack` minimises the expected damage exactly; `greedy` takes the step of least damage per byte
+            until the budget is met; `uniform` gives all layers, keys and values the same share of their width.
+            `pareto` is StiefAttention's rule in the form that can be implemented from what is published: the fronts of
+            bytes against *depth-weighted error* (`depth_weights`), walked down greedily to a `kept` budget, or for
+            `layer_error` the cheapest pair whose weighted error is within it. `threshold` is EigenAttention's
+            (`threshold_ranks`); for `kept` its error budget is raised until its ranks fit.
         grid: ranks that may be used; all rules respect it, and the knapsack is exact under it.
         codec: how latents are stored, which decides what a rank costs.
 
     Raises:
         BudgetUnreachable: no candidate is small (or good) enough.
-        InvalidSetting: the budget needs the model to be evaluated (``perplexity_increase``), does not fit the rule, or no
+        InvalidSetting: the budget needs the model to be evaluated (`perplexity_increase`), does not fit the rule, or no
             rank is left by the grid.
     """
     if budget.metric == "perplexity_increase":

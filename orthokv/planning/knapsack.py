@@ -1,6 +1,6 @@
 """One option a layer, least total damage within a number of bytes: the multiple-choice knapsack behind a plan.
 
-:func:`knapsack` is exact (dynamic programming over bytes), :func:`greedy` is what most published rules do.
+`knapsack` is exact (dynamic programming over bytes), `greedy` is what most published rules do.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Options:
-    """Candidate rank pairs of one layer, flattened: ranks ``[n, 2]``, bytes a token, relative error, damage (each ``[n]``)."""
+    """Candidate rank pairs of one layer, flattened: ranks `[n, 2]`, bytes a token, relative error, damage (each `[n]`)."""
 
     ranks: Ints
     bytes: Ints
@@ -40,7 +40,7 @@ def pareto(options: Options) -> Options:
 
 
 def knapsack(options: list[Options], budget_bytes: int) -> list[int] | None:
-    """One option a layer with the least total damage within ``budget_bytes`` a token; None where nothing fits."""
+    """One option a layer with the least total damage within `budget_bytes` a token; None where nothing fits."""
     unit = int(np.gcd.reduce(np.concatenate([o.bytes for o in options])))
     size = budget_bytes // unit
     if size < sum(int(o.bytes.min()) // unit for o in options):
@@ -70,7 +70,7 @@ def knapsack(options: list[Options], budget_bytes: int) -> list[int] | None:
 def greedy(options: list[Options], budget_bytes: int) -> list[int] | None:
     """From the dearest option of every layer down, always the step that adds the least damage per byte saved.
 
-    ``options`` are fronts as :func:`pareto` makes them; None where nothing fits. Steps lead along the lower convex hull of
+    `options` are fronts as `pareto` makes them; None where nothing fits. Steps lead along the lower convex hull of
     a front, so that a layer's own steps come in order of their price. What the last one saved too much is spent again, on
     the options that take away most damage per byte.
     """
@@ -91,7 +91,7 @@ def greedy(options: list[Options], budget_bytes: int) -> list[int] | None:
 
 
 def _fill(options: list[Options], found: list[int], left: int) -> list[int]:
-    """Spend ``left`` bytes as long as any dearer option fits."""
+    """Spend `left` bytes as long as any dearer option fits."""
     while True:
         fitting = [
             (_price(front, found[layer], i), layer, i)
@@ -106,7 +106,7 @@ def _fill(options: list[Options], found: list[int], left: int) -> list[int]:
 
 
 def _reach(front: Options, present: int, left: int) -> int:
-    """The first option that costs more than ``left`` bytes beyond the present one."""
+    """The first option that costs more than `left` bytes beyond the present one."""
     return int(np.searchsorted(front.bytes, front.bytes[present] + left, side="right"))
 
 

@@ -103,7 +103,7 @@ def plan_ranks(
     grid: RankGrid = FREE,
     codec: CodecSpec = SIXTEEN_BIT,
 ) -> Plan:
-    """The plan of given ranks, ``(rank_key, rank_value)`` a layer: what they cost and what error the profile expects."""
+    """The plan of given ranks, `(rank_key, rank_value)` a layer: what they cost and what error the profile expects."""
     errors: list[float] = []
     for layer, (rank_key, rank_value) in zip(profile.layers, ranks, strict=True):
         squared = squared_errors(layer, np.asarray([rank_key]), np.asarray([rank_value]))

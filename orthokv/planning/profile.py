@@ -32,7 +32,7 @@ LARGEST_GAP = 1.15
 class Spread:
     """How a layer's error varies over sequences, at one pair of ranks: on text that was fitted on, and on held-out text.
 
-    ``fitting`` and ``held_out`` hold one error a sequence.
+    `fitting` and `held_out` hold one error a sequence.
     """
 
     rank_key: int
@@ -85,13 +85,13 @@ class LayerProfile:
         sharing: which of its heads share a basis.
         key, value: bases at full rank, float32, on the CPU.
         ranks_key, ranks_value: candidate ranks per group, ascending; the last is the full rank.
-        error: float64 ``[len(ranks_key), len(ranks_value)]``, ``||Z - Z~||_F / ||Z||_F`` on calibration blocks, measured.
+        error: float64 `[len(ranks_key), len(ranks_value)]`, `||Z - Z~||_F / ||Z||_F` on calibration blocks, measured.
         cosine: same shape, mean over tokens of the cosine of Z and Z~.
         sensitivity: mean KL divergence of the model's next-token distribution per squared error of this layer, measured with
-            only this layer compressed; None until :func:`orthokv.fit.sensitivity.sensitivities` has measured it.
-        spectrum_key, spectrum_value: singular values ``[groups, width]`` where the method has them.
+            only this layer compressed; None until `orthokv.fit.sensitivity.sensitivities` has measured it.
+        spectrum_key, spectrum_value: singular values `[groups, width]` where the method has them.
         spread: how the error varies over sequences; None where nothing was held out.
-        candidates: what ``sharing`` was chosen from, as measured then; empty where it was given.
+        candidates: what `sharing` was chosen from, as measured then; empty where it was given.
     """
 
     index: int
@@ -177,7 +177,7 @@ class LayerProfile:
 
     @classmethod
     def load(cls, path: Path) -> LayerProfile:
-        """Read a file written by :meth:`save`; raises :class:`InvalidCheckpoint` for anything else."""
+        """Read a file written by `save`; raises `InvalidCheckpoint` for anything else."""
         tensors, metadata = read_safetensors(path)
         try:
             described = json.loads(metadata["orthokv"])

@@ -31,9 +31,9 @@ def allocate_for_perplexity(
     grid: RankGrid = FREE,
     codec: CodecSpec = SIXTEEN_BIT,
 ) -> tuple[Plan, float]:
-    """The smallest cache whose perplexity increase, as ``increase`` has it, stays within the budget, and that increase.
+    """The smallest cache whose perplexity increase, as `increase` has it, stays within the budget, and that increase.
 
-    ``increase`` evaluates a plan on held-out text. Bisection over the share of bytes kept: the knapsack's damage falls with
+    `increase` evaluates a plan on held-out text. Bisection over the share of bytes kept: the knapsack's damage falls with
     every byte, so the increase does too, up to the noise of the measurement.
 
     Raises:

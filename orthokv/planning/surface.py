@@ -10,13 +10,13 @@ from orthokv.spec.rankgrid import FREE, RankGrid
 
 
 def interpolate(layer: LayerProfile, grid: RankGrid = FREE) -> tuple[Ints, Ints, Floats]:
-    """The error surface on a grid: ranks_key ``[a]``, ranks_value ``[b]``, squared errors ``[a, b]``."""
+    """The error surface on a grid: ranks_key `[a]`, ranks_value `[b]`, squared errors `[a, b]`."""
     grid_key, grid_value = (np.asarray(grid.ranks(ranks)) for ranks in (layer.ranks_key, layer.ranks_value))
     return grid_key, grid_value, squared_errors(layer, grid_key, grid_value)
 
 
 def squared_errors(layer: LayerProfile, ranks_key: Ints, ranks_value: Ints) -> Floats:
-    """Squared relative errors ``[a, b]`` at ranks ``[a]`` and ``[b]``, not below the smallest measured ones.
+    """Squared relative errors `[a, b]` at ranks `[a]` and `[b]`, not below the smallest measured ones.
 
     Between measured ranks the logarithm of the squared error is linear in the rank, which fits measured curves well; in
     the last stretch, towards an exact cache, the squared error itself is.

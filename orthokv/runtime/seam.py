@@ -102,11 +102,11 @@ class Seam:
     """The hooks of one model. As a context manager it removes itself at the end.
 
     Args:
-        model: a supported causal language model, loaded with ``sdpa`` or ``eager`` attention.
+        model: a supported causal language model, loaded with `sdpa` or `eager` attention.
         key_mode: whether keys are seen before or after rotary embedding.
 
     Raises:
-        UnsupportedModel: unknown architecture, or a rotary embedding that ``key_mode`` cannot serve.
+        UnsupportedModel: unknown architecture, or a rotary embedding that `key_mode` cannot serve.
         InvalidSetting: another seam is installed, or the attention implementation cannot be wrapped.
     """
 
@@ -156,7 +156,7 @@ class Seam:
         self.state(layer).bases = bases
 
     def observe(self, layer: int, observer: Observer | None) -> None:
-        """Show one layer's queries ``[B, H, T, d]``, keys and values ``[B, kv_heads, T, d]`` to ``observer``."""
+        """Show one layer's queries `[B, H, T, d]`, keys and values `[B, kv_heads, T, d]` to `observer`."""
         self.state(layer).observer = observer
 
     def remove(self) -> None:
@@ -313,7 +313,7 @@ for _name in INNER:
 
 @contextmanager
 def compressed(seam: Seam, bases: Sequence[LayerBases | None]) -> Iterator[None]:
-    """All layers of a model use ``bases`` inside the block, and what they had before after it."""
+    """All layers of a model use `bases` inside the block, and what they had before after it."""
     before = [seam.state(i).bases for i in range(len(bases))]
     try:
         for i, layer in enumerate(bases):

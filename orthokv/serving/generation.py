@@ -42,7 +42,7 @@ def generate(
     prompt: str,
     max_new_tokens: int,
 ) -> Generated:
-    """Greedy continuation of ``prompt``; ``checkpoint`` None uses the model uncompressed.
+    """Greedy continuation of `prompt`; `checkpoint` None uses the model uncompressed.
 
     Raises:
         InvalidSetting: the prompt has no tokens, the number of new tokens is below 1, or the model has no such positions.

@@ -1,9 +1,9 @@
-"""``AutoModelForCausalLM.from_pretrained`` for full checkpoints, after ``import orthokv``.
+"""`AutoModelForCausalLM.from_pretrained` for full checkpoints, after `import orthokv`.
 
 The weights are those of the base model and load as usual; the bases sit in a side file that plain engines ignore, so a
-program without this import gets the uncompressed model, with a warning from ``transformers``.
+program without this import gets the uncompressed model, with a warning from `transformers`.
 
-This module is imported while ``transformers`` itself is being imported, by whichever of its parts comes first: so it takes
+This module is imported while `transformers` itself is being imported, by whichever of its parts comes first: so it takes
 from there only what is loaded by then.
 """
 

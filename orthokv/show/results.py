@@ -58,7 +58,7 @@ class Summary:
     """Rows that differ in nothing but the seed.
 
     Attributes:
-        row: the mean over seeds of every figure; its ``seed`` is the first.
+        row: the mean over seeds of every figure; its `seed` is the first.
         seeds: how many.
         spread: standard deviation over seeds of the perplexity ratio; None with one seed.
     """

@@ -9,7 +9,7 @@ KEY_MODES_IN_WORDS = {"pre": "keys before RoPE", "post": "keys after RoPE"}
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A figure with at least ``digits`` significant digits, plain where that is readable: 31.83, 12345, 1.200e-06."""
+    """A figure with at least `digits` significant digits, plain where that is readable: 31.83, 12345, 1.200e-06."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if 10**digits <= abs(value) < 1e9:
@@ -29,6 +29,6 @@ def begin_at(starts: Sequence[int]) -> str:
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A GitHub table whose first ``left`` columns are text and the others numbers."""
+    """A GitHub table whose first `left` columns are text and the others numbers."""
     rule = ["---"] * left + ["---:"] * (len(head) - left)
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])

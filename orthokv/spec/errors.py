@@ -1,6 +1,6 @@
 """Errors that OrthoKV raises on purpose. Each names the value at fault in one sentence.
 
-``code`` is the closed vocabulary that the service and the command line pass on; it never changes meaning.
+`code` is the closed vocabulary that the service and the command line pass on; it never changes meaning.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class PushFailed(OrthoKVError):
 class BudgetUnreachable(OrthoKVError):
     """No plan meets the budget.
 
-    ``best`` is the closest value of the budget's own measure that a plan reaches, ``asked`` what was wanted.
+    `best` is the closest value of the budget's own measure that a plan reaches, `asked` what was wanted.
     """
 
     code = "budget_unreachable"

@@ -16,9 +16,9 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 class Geometry:
     """Shape of a decoder's attention.
 
-    ``rope_hash`` identifies the rotary parameters: bases fitted under one rotary embedding are wrong under another.
+    `rope_hash` identifies the rotary parameters: bases fitted under one rotary embedding are wrong under another.
 
-    ``windows`` holds the sliding window of each layer in tokens (None: the layer sees all), ``rotated`` whether a layer
+    `windows` holds the sliding window of each layer in tokens (None: the layer sees all), `rotated` whether a layer
     uses rotary embedding. Either is None where no layer differs from the plain case: no windows, all or none rotated.
     """
 
@@ -54,7 +54,7 @@ class Geometry:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Geometry:
-        """The reverse of :meth:`to_dict`; TypeError for a missing, unknown or wrongly typed field."""
+        """The reverse of `to_dict`; TypeError for a missing, unknown or wrongly typed field."""
         lists = {name: tuple(data[name]) for name in ("windows", "rotated") if data.get(name) is not None}
         geometry = cls(**{**data, **lists})
         for name in ("layers", "hidden_size", "heads", "kv_heads", "head_dim", "max_positions"):
@@ -89,7 +89,7 @@ def check_key_mode(geometry: Geometry, key_mode: str) -> None:
 
 
 def check_positions(geometry: Geometry, positions: int) -> None:
-    """Refuse text at positions up to ``positions - 1`` where that means nothing.
+    """Refuse text at positions up to `positions - 1` where that means nothing.
 
     Raises:
         InvalidSetting: no layer uses rotary embedding, or the model's context is shorter.

@@ -9,7 +9,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Step:
-    """``done`` of ``total`` ``unit`` in ``phase``, for example 3 of 32 layers in ``fitting``."""
+    """`done` of `total` `unit` in `phase`, for example 3 of 32 layers in `fitting`."""
 
     phase: str
     done: int
@@ -28,5 +28,5 @@ def silent(step: Step) -> None:
 
 
 def counter(report: Reporter, phase: str, unit: str) -> Callable[[int, int], None]:
-    """A ``(done, total)`` callback that reports under one phase."""
+    """A `(done, total)` callback that reports under one phase."""
     return lambda done, total: report(Step(phase, done, total, unit))

@@ -8,10 +8,10 @@ from orthokv.spec.vocabulary import GROUP_HEADS, Sharing, SharingChoice
 
 
 def group_width(sharing: Sharing, kv_heads: int, head_dim: int, *, keys: bool) -> tuple[int, int]:
-    """``(stored groups, width)`` of a basis.
+    """`(stored groups, width)` of a basis.
 
-    ``tied`` is the papers' form: one basis for the keys of all heads of a layer, one per head for the values
-    (EigenAttention as released, StiefAttention v1 section 3). ``pair`` and ``quad`` are groups of 2 and 4 neighbouring heads.
+    `tied` is the papers' form: one basis for the keys of all heads of a layer, one per head for the values
+    (EigenAttention as released, StiefAttention v1 section 3). `pair` and `quad` are groups of 2 and 4 neighbouring heads.
 
     Raises:
         InvalidSetting: the KV heads do not divide into such groups.
@@ -25,14 +25,14 @@ def group_width(sharing: Sharing, kv_heads: int, head_dim: int, *, keys: bool) -
     return stored, heads * head_dim
 
 
-# What ``auto`` chooses from, narrowest first.
+# What `auto` chooses from, narrowest first.
 GROUPED: tuple[Sharing, ...] = ("pair", "quad", "joint")
 
 
 def sharings_of(choice: SharingChoice, geometry: Geometry) -> tuple[Sharing, ...]:
     """The forms that a layer may take under a choice, narrowest first.
 
-    For ``auto`` those of :data:`GROUPED` that divide the KV heads; a group that would hold all of them is ``joint``.
+    For `auto` those of `GROUPED` that divide the KV heads; a group that would hold all of them is `joint`.
 
     Raises:
         InvalidSetting: the KV heads do not divide into the groups that were asked for.

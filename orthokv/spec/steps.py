@@ -19,7 +19,7 @@ def check_polish(budget: Budget, asked: int | None) -> None:
     """A budget on layer errors is met by the profile's own bases; the polish looks at predictions, and may break it.
 
     Raises:
-        InvalidSetting: `asked` is no number of steps, or above 0 with such a budget.
+        InvalidSetting: `asked` is not a number of steps, or above 0 with such a budget.
     """
     check_steps("polish_steps", asked)
     if asked and budget.metric == "layer_error":

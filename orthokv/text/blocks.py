@@ -22,15 +22,15 @@ from orthokv.spec.errors import InvalidDataset, InvalidSetting, StorageError
 
 
 def evenly(count: int, wanted: int) -> list[int]:
-    """``min(wanted, count)`` indices spread evenly over ``range(count)``: every part of a text or mixture has its share."""
+    """`min(wanted, count)` indices spread evenly over `range(count)`: every part of a text or mixture has its share."""
     wanted = min(wanted, count)
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
 
 
 def starts_over(positions: int, length: int, count: int) -> list[int]:
-    """Where ``count`` blocks of ``length`` tokens begin so that together they cover positions ``0..positions - 1``.
+    """Where `count` blocks of `length` tokens begin so that together they cover positions `0..positions - 1`.
 
-    At as many places as blocks laid end to end would need (``count``, where that is fewer), evenly from 0 to ``positions -
+    At as many places as blocks laid end to end would need (`count`, where that is fewer), evenly from 0 to ``positions -
     length``: with fewer, the positions between them are served worse (decision 10). All have equally many blocks, in an
     order that gives neighbours and evenly spaced blocks different ones: errors are measured on a few evenly spaced blocks,
     and each text of a mixture is a run of them.
@@ -43,7 +43,7 @@ def starts_over(positions: int, length: int, count: int) -> list[int]:
 
 
 class Block(NamedTuple):
-    """Token ids, int64 ``[T]``, and the position of the first."""
+    """Token ids, int64 `[T]`, and the position of the first."""
 
     tokens: torch.Tensor
     start: int = 0
@@ -51,10 +51,10 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Blocks:
-    """Packed text. ``tokens``: int64 ``[num_samples, sequence_length]``, on the CPU.
+    """Packed text. `tokens`: int64 `[num_samples, sequence_length]`, on the CPU.
 
-    ``digest`` is the hex sha256 over shape and token ids, both little-endian int64. ``source`` says
-    where the text came from. ``starts`` holds the position of each sample's first token: 0 unless :meth:`placed` put it
+    `digest` is the hex sha256 over shape and token ids, both little-endian int64. `source` says
+    where the text came from. `starts` holds the position of each sample's first token: 0 unless `placed` put it
     elsewhere. It says how a text is used, not which text it is, so the digest leaves it out.
     """
 
@@ -65,7 +65,7 @@ class Blocks:
 
     @classmethod
     def of(cls, tokens: torch.Tensor, source: str) -> Blocks:
-        """Blocks of ``tokens`` with their digest; raises InvalidDataset for another shape or dtype."""
+        """Blocks of `tokens` with their digest; raises InvalidDataset for another shape or dtype."""
         if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.numel() == 0:
             shape = f"{tokens.dtype} {list(tokens.shape)}"
             raise InvalidDataset(f"token blocks must be torch.int64 [samples, length], not {shape}")
@@ -85,7 +85,7 @@ class Blocks:
 
     @property
     def positions(self) -> int:
-        """The positions that the samples reach: ``0..positions - 1``."""
+        """The positions that the samples reach: `0..positions - 1`."""
         return max(self.starts) + self.tokens.shape[1]
 
     def placed(self, starts: Sequence[int]) -> Blocks:
@@ -95,18 +95,18 @@ class Blocks:
         return replace(self, starts=tuple(starts))
 
     def spread(self, positions: int, holdout: int) -> Blocks:
-        """The same samples, begun all over ``0..positions - 1``: so are both parts of :meth:`split`."""
+        """The same samples, begun all over `0..positions - 1`: so are both parts of `split`."""
         length, held = self.tokens.shape[1], evenly(len(self), holdout)
         parts = [starts_over(positions, length, n) for n in (len(self) - len(held), len(held))]
         fitting, held_out = map(iter, parts)
         return self.placed([next(held_out) if i in held else next(fitting) for i in range(len(self))])
 
     def take(self, indices: Sequence[int]) -> Blocks:
-        """The samples at ``indices``, in that order."""
+        """The samples at `indices`, in that order."""
         return Blocks.of(self.tokens[list(indices)], self.source).placed([self.starts[i] for i in indices])
 
     def split(self, holdout: int) -> tuple[Blocks, Blocks]:
-        """All but ``holdout`` evenly spaced samples, and those; raises InvalidSetting where one part is empty."""
+        """All but `holdout` evenly spaced samples, and those; raises InvalidSetting where one part is empty."""
         if not 1 <= holdout < len(self):
             raise InvalidSetting(f"a holdout of {holdout} leaves one part of {len(self)} samples empty")
         held = evenly(len(self), holdout)
@@ -128,7 +128,7 @@ class Blocks:
 
     @classmethod
     def load(cls, path: str | Path) -> Blocks:
-        """Read what :meth:`save` wrote; raises InvalidDataset where it is missing, truncated or altered."""
+        """Read what `save` wrote; raises InvalidDataset where it is missing, truncated or altered."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}

@@ -26,9 +26,9 @@ def load_blocks(
     sequence_length: int,
     max_positions: int | None = None,
 ) -> Blocks:
-    """Read and pack ``source``; see :func:`read_texts` and :func:`pack` (``self``: :func:`self_text`).
+    """Read and pack `source`; see `read_texts` and `pack` (`self`: `self_text`).
 
-    Up to :data:`SPREAD` times as much text as needed is read and the blocks are taken evenly from it: consecutive blocks of
+    Up to `SPREAD` times as much text as needed is read and the blocks are taken evenly from it: consecutive blocks of
     one long document say much less about a text than as many blocks of different documents.
     """
     check_shape(num_samples, sequence_length, max_positions)  # before a download starts
@@ -57,9 +57,9 @@ def pack(
 ) -> Blocks:
     """Tokenise texts in reading order, join them and cut the stream into blocks; stop once there are enough.
 
-    With ``separate`` one token stands between two texts: BOS, else EOS, where the tokenizer has one; no other
-    special token is added. With ``spread`` above 1, up to that many times ``num_samples`` blocks are made and the result
-    is taken evenly from them. ``source`` names the text in errors and in the result.
+    With `separate` one token stands between two texts: BOS, else EOS, where the tokenizer has one; no other
+    special token is added. With `spread` above 1, up to that many times `num_samples` blocks are made and the result
+    is taken evenly from them. `source` names the text in errors and in the result.
 
     Raises:
         InvalidDataset: there are too few tokens.

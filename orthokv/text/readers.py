@@ -15,7 +15,7 @@ from orthokv.spec.errors import InvalidDataset, InvalidSetting
 from orthokv.spec.hub_ids import is_hub_id
 from orthokv.text.source import TextSource
 
-# Builders of ``datasets`` that only parse rows. Others unpickle, decode media or follow links.
+# Builders of `datasets` that only parse rows. Others unpickle, decode media or follow links.
 SAFE_BUILDERS = ("json", "parquet", "text", "csv", "arrow")
 
 
@@ -33,12 +33,12 @@ _CUTS = (re.compile(r".*\S(?= \S)", re.DOTALL), re.compile(r".*\n", re.DOTALL))
 
 
 def read_texts(source: TextSource) -> Iterator[str]:
-    """The texts of ``source`` in order, none of them empty; plain text comes in chunks of it.
+    """The texts of `source` in order, none of them empty; plain text comes in chunks of it.
 
     Raises:
         InvalidDataset: at once where the file is missing, empty or a folder; at a row that is not UTF-8 or
             JSON, or whose field is missing or no string; at the end where no row held text.
-        InvalidSetting: the source is ``self``.
+        InvalidSetting: the source is `self`.
     """
     kind = source.resolved_format()
     if kind == "self":
@@ -67,7 +67,7 @@ def _not_empty(source: TextSource, texts: Iterator[str]) -> Iterator[str]:
 
 
 def _field(source: TextSource, row: object, number: int) -> str:
-    """The text of row ``number`` (from 1)."""
+    """The text of row `number` (from 1)."""
     where = f"row {number} of {source.source}"
     if not isinstance(row, dict):
         raise InvalidDataset(f"{where} is a {type(row).__name__}, not an object")
@@ -125,7 +125,7 @@ def _plain_texts(source: TextSource) -> Iterator[str]:
 
 
 def cut(text: str, limit: int) -> int:
-    """Where a piece of at most ``limit`` characters ends: between words, else after a line, else there."""
+    """Where a piece of at most `limit` characters ends: between words, else after a line, else there."""
     for mark in _CUTS:
         if match := mark.match(text, limit // 2, limit):
             return match.end()

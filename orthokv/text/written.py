@@ -29,8 +29,8 @@ def self_text(
 ) -> Blocks:
     """Blocks that the model samples itself from BOS, with its own cache; EOS is never drawn.
 
-    The random numbers depend on ``seed`` and the sample only, neither on ``batch_size`` nor on the global
-    generator, which is left alone. By default as many samples are drawn together as the device is good for. ``progress`` is
+    The random numbers depend on `seed` and the sample only, neither on `batch_size` nor on the global
+    generator, which is left alone. By default as many samples are drawn together as the device is good for. `progress` is
     called with tokens drawn and tokens in all.
 
     Raises:
@@ -75,7 +75,7 @@ def self_text(
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, never: list[int]) -> torch.Tensor:
-    """A token a row, by inverting the cumulative distribution: ``[n, vocabulary]``, ``[n, 1]`` -> ``[n]``."""
+    """A token a row, by inverting the cumulative distribution: `[n, vocabulary]`, `[n, 1]` -> `[n]`."""
     logits[:, never] = -torch.inf
     heights = logits.softmax(-1).cumsum(-1)
     if not heights.isfinite().all():

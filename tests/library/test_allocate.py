@@ -312,7 +312,7 @@ def test_a_budget_below_the_smallest_profiled_ranks_says_what_can_be_reached() -
 
 
 def test_an_unreachable_uniform_budget_says_what_uniform_ranks_can_reach() -> None:
-    """``best`` is the closest value that a plan reaches, not the whole cache."""
+    """`best` is the closest value that a plan reaches, not the whole cache."""
     with pytest.raises(BudgetUnreachable) as caught:
         allocate(profile_of(), Budget("kept", 0.0001), "uniform")
     assert caught.value.best < 0.2

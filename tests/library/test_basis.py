@@ -207,7 +207,7 @@ def test_an_orthonormal_round_trip_never_adds_energy(basis: Basis, data: st.Data
 def test_scores_of_latents_are_scores_of_the_rebuilt_keys(
     basis: Basis, repeats: int, data: st.DataObject
 ) -> None:
-    """``q . decode(z) = query_to_latent(q) . z`` for every query head, the KV head that it reads and every token."""
+    """`q . decode(z) = query_to_latent(q) . z` for every query head, the KV head that it reads and every token."""
     basis = basis.truncate(data.draw(st.integers(1, basis.rank)))
     heads, tokens = basis.kv_heads * repeats, 4
     query = gaussian(2, heads, 3, basis.head_dim, seed=data.draw(seeds))

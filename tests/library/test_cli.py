@@ -66,7 +66,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_a_new_process(*arguments: object, limit: int | None = None) -> Said:
-    """A command in a Python of its own; with ``limit`` no file may grow beyond that many bytes."""
+    """A command in a Python of its own; with `limit` no file may grow beyond that many bytes."""
     code = """
         import resource, signal, sys
         if (limit := int(sys.argv.pop(1))):

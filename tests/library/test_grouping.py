@@ -47,7 +47,7 @@ def geometry_with(kv_heads: int) -> Geometry:
 
 
 def layer_of(sharing: Sharing, scale: float, index: int = 0, **changes: Any) -> LayerProfile:
-    """A made-up layer whose error falls with the share of the width, alike in every form but for ``scale``."""
+    """A made-up layer whose error falls with the share of the width, alike in every form but for `scale`."""
     stored, width = group_width(sharing, HEADS, HEAD_DIM, keys=True)
     key, value = (orthonormal(torch.eye(width).repeat(stored, 1, 1), HEADS, HEAD_DIM) for _ in range(2))
     ranks = candidate_ranks(width)

@@ -101,7 +101,7 @@ def planned(profile: ErrorProfile, shares: tuple[tuple[float, float], ...]) -> P
 
 
 def fit(model: PreTrainedModel, blocks: Blocks, settings: FitSettings) -> list[LayerProfile]:
-    """For ``auto`` the layers take its forms in turn, so that one cache holds groups of several widths."""
+    """For `auto` the layers take its forms in turn, so that one cache holds groups of several widths."""
     if settings.sharing != "auto":
         return list(fit_layers(model, blocks, settings))
     forms = sharings_of("auto", geometry_of(model.config))
@@ -148,7 +148,7 @@ def low(case: Case) -> Iterator[PreTrainedModel]:
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Positions as ``generate`` numbers them: padding does not count."""
+    """Positions as `generate` numbers them: padding does not count."""
     return (mask.cumsum(1) - 1).clamp_min(0)
 
 

@@ -57,7 +57,7 @@ LAYER = 1
 
 @dataclass(frozen=True)
 class Activations:
-    """What the seam showed of one layer: queries ``[B, H, T, d]``, keys and values ``[B, kv_heads, T, d]``, float64."""
+    """What the seam showed of one layer: queries `[B, H, T, d]`, keys and values `[B, kv_heads, T, d]`, float64."""
 
     query: Tensor
     key: Tensor
@@ -373,7 +373,7 @@ def test_eigenvectors_come_largest_first_with_a_fixed_sign() -> None:
 
 
 def quadratic_form(moment: Tensor, weighting: Tensor, rebuild: Tensor) -> float:
-    """``E ||(x - x R) M^(1/2)||^2 = tr(M (I - R)^T C (I - R))`` with ``R = E D^T``."""
+    """`E ||(x - x R) M^(1/2)||^2 = tr(M (I - R)^T C (I - R))` with `R = E D^T`."""
     lost = torch.eye(len(rebuild), dtype=torch.float64) - rebuild
     return float(torch.trace(weighting @ lost.T @ moment @ lost))
 
@@ -424,7 +424,7 @@ def test_weighted_beats_eigen_and_random_alternatives_at_its_own_quadratic_form(
 def test_the_closed_form_reaches_the_best_possible_value_of_its_form(
     seed: int, width: int, data: st.DataObject
 ) -> None:
-    """The optimum over all matrices of a rank is the sum of the smallest eigenvalues of ``M^(1/2) C M^(1/2)``."""
+    """The optimum over all matrices of a rank is the sum of the smallest eigenvalues of `M^(1/2) C M^(1/2)`."""
     rank = data.draw(st.integers(1, width))
     generator = torch.Generator().manual_seed(seed)
     a, b = torch.randn(2, width, 2 * width, dtype=torch.float64, generator=generator)
@@ -524,7 +524,7 @@ def test_oblique_at_full_rank_is_no_worse_than_at_three_quarters(sharing: Sharin
 
 
 class Recording(LayerView):
-    """A view that writes down which blocks a fit looks at; with ``broken`` its loss is not a number."""
+    """A view that writes down which blocks a fit looks at; with `broken` its loss is not a number."""
 
     def loss(self, bases: Any, blocks: list[int]) -> Tensor:
         seen: list[tuple[str, bool, tuple[int, ...]]] = self.__dict__.setdefault("seen", [])

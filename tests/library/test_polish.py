@@ -250,7 +250,7 @@ def test_a_refused_polish_leaves_no_checkpoint_and_reads_no_weights(tmp_path: Pa
 
 
 def test_a_comparison_shows_what_checkpoints_would_be(tmp_path: Path) -> None:
-    """Every line is what its checkpoint measures; ``polish_steps`` is a setting of a line as others are."""
+    """Every line is what its checkpoint measures; `polish_steps` is a setting of a line as others are."""
     folder, blocks = tiny_folder(tmp_path, "llama"), one_block("llama")
     source = resolve_model(str(folder))
     settings = FitSettings(num_samples=8, sequence_length=32, profile_samples=1)

@@ -68,12 +68,12 @@ POST: dict[str, Any] = {"method": "eigen", "key_mode": "post", "num_samples": 16
 
 
 def at(tokens: Tensor, start: int) -> Tensor:
-    """Position ids of ``tokens`` ``[B, T]`` that begin at ``start``."""
+    """Position ids of `tokens` `[B, T]` that begin at `start`."""
     return torch.arange(start, start + tokens.shape[1]).unsqueeze(0)
 
 
 def states_of(model: PreTrainedModel, tokens: Tensor, start: int) -> tuple[Tensor, ...]:
-    """The model's own hidden states of one block ``[T]``."""
+    """The model's own hidden states of one block `[T]`."""
     ids = tokens.unsqueeze(0)
     with torch.no_grad():
         output = model(ids, use_cache=False, output_hidden_states=True, position_ids=at(ids, start))
@@ -254,7 +254,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> ErrorProfile:
 def textbook(
     model: PreTrainedModel, seam: Seam, bases: list[Any], tokens: Tensor, start: int
 ) -> tuple[float, float, float]:
-    """Negative log-likelihood compressed and not, and KL, in nats a token, of one block ``[T]``."""
+    """Negative log-likelihood compressed and not, and KL, in nats a token, of one block `[T]`."""
     ids = tokens.unsqueeze(0)
     with torch.no_grad():
         with compressed(seam, [None] * LAYERS):

@@ -15,7 +15,7 @@ from tests.support.tiny import GROUPINGS
 
 
 def readers(x: Tensor, head: int, kv_heads: int) -> Tensor:
-    """The query heads that read a KV head, of ``[B, H, T, d]``."""
+    """The query heads that read a KV head, of `[B, H, T, d]`."""
     repeats = x.shape[1] // kv_heads
     return x[:, head * repeats : (head + 1) * repeats]
 
@@ -30,7 +30,7 @@ def rows(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "opt"])
 @pytest.mark.parametrize("key_mode", KEY_MODES)
 def test_weighted_head_is_kq_svd(key_mode: KeyMode, architecture: str) -> None:
-    """KQ-SVD: with ``K Q^T = U S W^T``, keys are cached as ``K A``, ``A = K^+ U_r``, and read by ``Q B``, ``B = K^T U_r``."""
+    """KQ-SVD: with `K Q^T = U S W^T`, keys are cached as `K A`, `A = K^+ U_r`, and read by `Q B`, `B = K^T U_r`."""
     view, seen = layer_of(architecture, key_mode)
     geometry = view.geometry
     basis = Weighted().fit(view, "head", 0).key
@@ -47,7 +47,7 @@ def test_weighted_head_is_kq_svd(key_mode: KeyMode, architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3", "opt"])
 def test_weighted_head_approximates_what_the_output_projection_reads_best(architecture: str) -> None:
-    """KQ-SVD's values: the best approximation of ``V W_O`` of its rank, ``W_O`` of all query heads that read ``V``."""
+    """KQ-SVD's values: the best approximation of `V W_O` of its rank, `W_O` of all query heads that read `V`."""
     view, seen = layer_of(architecture, "pre")
     geometry = view.geometry
     basis = Weighted().fit(view, "head", 0).value
@@ -68,7 +68,7 @@ def test_weighted_head_approximates_what_the_output_projection_reads_best(archit
 
 
 def inputs_of(view: LayerView) -> Tensor:
-    """What the projections of the layer read, ``[tokens, hidden]``, float64."""
+    """What the projections of the layer read, `[tokens, hidden]`, float64."""
     layer = view.walk.layers[LAYER]
     return rows(layer.input_layernorm(view.walk.inputs).double())  # type: ignore[operator]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from orthokv.planning.profile import ErrorProfile
 from safetensors import safe_open
 
 from orthokv.checkpoint.read import read_checkpoint
@@ -17,6 +16,7 @@ from orthokv.models.geometry import geometry_of
 from orthokv.models.loading import load, read_geometry
 from orthokv.models.source import ModelSource, resolve_model
 from orthokv.pipeline import build_profile, fit_layers, make_plan, prepare_blocks
+from orthokv.planning.profile import ErrorProfile
 from orthokv.spec.budget import Budget
 from orthokv.spec.methods import METHODS
 from orthokv.spec.settings import FitSettings

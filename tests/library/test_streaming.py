@@ -49,7 +49,7 @@ QUICK = FitSettings(method="stiefel", steps=3, num_samples=8, sequence_length=16
 
 
 def stored(tmp_path: Path, architecture: str, dtype: torch.dtype = torch.float32) -> ModelSource:
-    """A tiny model on disk in ``dtype``, in several shards."""
+    """A tiny model on disk in `dtype`, in several shards."""
     folder = tmp_path / f"{architecture}-{dtype}".replace("torch.", "")
     tiny_model(architecture).to(dtype).save_pretrained(folder, max_shard_size="40KB")
     tiny_tokenizer().save_pretrained(folder)
@@ -271,7 +271,7 @@ def test_peak_memory_is_a_few_layers_whatever_the_depth(tmp_path: Path) -> None:
 
 
 def sparse_model(folder: Path, gib: int) -> ModelSource:
-    """A model whose file claims ``gib`` of weights, in one bfloat16 tensor that was never written."""
+    """A model whose file claims `gib` of weights, in one bfloat16 tensor that was never written."""
     folder.mkdir()
     count = gib << 30
     header = json.dumps({"w": {"dtype": "BF16", "shape": [count // 2], "data_offsets": [0, count]}}).encode()

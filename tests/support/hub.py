@@ -1,4 +1,4 @@
-"""A stand-in for the model hub: the few HTTP endpoints that ``huggingface_hub`` uses to find, fetch and send files.
+"""A stand-in for the model hub: the few HTTP endpoints that `huggingface_hub` uses to find, fetch and send files.
 
 It serves what a test or a push puts into it and writes down every request, so that a test can claim what was not asked.
 """
@@ -25,7 +25,7 @@ from huggingface_hub import constants
 
 @dataclass
 class Repo:
-    """``files`` by path. A gated repository shows its card and hides its files, as the real hub does."""
+    """`files` by path. A gated repository shows its card and hides its files, as the real hub does."""
 
     files: dict[str, bytes]
     gated: bool = False
@@ -50,9 +50,9 @@ class Repo:
 
 @dataclass
 class Hub:
-    """``repos`` by ``owner/name`` (data sets: ``datasets/owner/name``); while ``down``, it answers 503.
+    """`repos` by `owner/name` (data sets: `datasets/owner/name`); while `down`, it answers 503.
 
-    Whoever writes needs ``token``. ``refusals`` are statuses by the kind of request that they answer.
+    Whoever writes needs `token`. `refusals` are statuses by the kind of request that they answer.
     """
 
     url: str = ""
@@ -66,7 +66,7 @@ class Hub:
     """Large files by their sha256."""
 
     def asked_for(self, suffix: str) -> list[str]:
-        """Paths requested so far that end in ``suffix``."""
+        """Paths requested so far that end in `suffix`."""
         return [path for _, path in self.requests if path.endswith(suffix)]
 
 
@@ -275,7 +275,7 @@ def _mode(repo: Repo, path: str) -> dict[str, Any]:
 
 @contextmanager
 def serve_hub(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
-    """A hub on a free port, taken for the real one until ``patch`` is undone; downloads go to ``cache``."""
+    """A hub on a free port, taken for the real one until `patch` is undone; downloads go to `cache`."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -286,7 +286,7 @@ def serve_hub(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         # Files go by the LFS protocol: that of Xet is a second store's.
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        # ``datasets`` has copies of its own, and asks a second server for exports unless told not to.
+        # `datasets` has copies of its own, and asks a second server for exports unless told not to.
         patch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
         patch.setattr(
             datasets.config,

@@ -37,9 +37,9 @@ ARCHITECTURES: tuple[str, ...] = tuple(REGISTRY)
 # One for each kind of attention, for tests that multiply by something else: plain, windows with two rotary tables and norms, no
 # rotary embedding, sinks, layers without positions, a forward of our own.
 FAMILIES = ("llama", "gemma3_text", "opt", "gpt_oss", "smollm3", "mpt")
-# Which heads share, as far as it makes a difference with the 4 KV heads that most of these models have: ``quad`` is ``joint``.
+# Which heads share, as far as it makes a difference with the 4 KV heads that most of these models have: `quad` is `joint`.
 GROUPINGS: tuple[Sharing, ...] = ("head", "tied", "pair", "joint")
-# Softcaps, sinks and ALiBi are not in PyTorch's own attention: transformers refuses or ignores ``sdpa`` for these.
+# Softcaps, sinks and ALiBi are not in PyTorch's own attention: transformers refuses or ignores `sdpa` for these.
 EAGER_ONLY = ("gemma2", "gpt_oss", "mpt")
 
 VOCABULARY, PAD, BOS, UNKNOWN = 99, 0, 1, 2
@@ -174,7 +174,7 @@ VARIANTS: tuple[str, ...] = (*ARCHITECTURES, *ROPE)
 
 
 def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
-    """The configuration of one of :data:`VARIANTS`, with ``changes``."""
+    """The configuration of one of `VARIANTS`, with `changes`."""
     if name not in VARIANTS:
         raise ValueError(f"no tiny {name}; there are {', '.join(VARIANTS)}")
     architecture = name.split("+")[0]
@@ -239,7 +239,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_folder(tmp_path: Path, architecture: str, seed: int = 0, **changes: Any) -> Path:
-    """A folder below ``tmp_path`` with the model and its tokenizer, as a user would have it."""
+    """A folder below `tmp_path` with the model and its tokenizer, as a user would have it."""
     folder = tmp_path / f"tiny-{architecture}-{seed}"
     tiny_model(architecture, seed, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -247,13 +247,13 @@ def tiny_folder(tmp_path: Path, architecture: str, seed: int = 0, **changes: Any
 
 
 def tiny_tokens(samples: int, length: int, seed: int = 0) -> Tensor:
-    """Random token ids ``[samples, length]`` without the specials."""
+    """Random token ids `[samples, length]` without the specials."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (samples, length), generator=generator)
 
 
 def tiny_text(characters: int, seed: int = 0) -> str:
-    """Random letters, one token each. No spaces: ``transformers`` gives qwen2 a pre-tokenizer of its own that drops them."""
+    """Random letters, one token each. No spaces: `transformers` gives qwen2 a pre-tokenizer of its own that drops them."""
     generator = torch.Generator().manual_seed(seed)
     letters = torch.randint(0, len(string.ascii_letters), (characters,), generator=generator).tolist()
     return "".join(string.ascii_letters[i] for i in letters)
@@ -293,8 +293,8 @@ def tiny_seam(model: PreTrainedModel, key_mode: KeyMode, bases: list[Bases] | No
 
 
 def tiny_profile(folder: Path, blocks: Blocks | None = None, **settings: Any) -> ErrorProfile:
-    """The profile of a model on disk (see :func:`tiny_folder`), by the closed form unless ``settings`` say otherwise, on
-    random tokens unless ``blocks`` are others.
+    """The profile of a model on disk (see `tiny_folder`), by the closed form unless `settings` say otherwise, on
+    random tokens unless `blocks` are others.
     """
     chosen = FitSettings(
         **{"method": "eigen", "num_samples": 4, "sequence_length": 16, "profile_samples": 1, **settings}

@@ -196,7 +196,7 @@ class Limits(Model):
     """Weights of the largest model, as stored."""
     queued_jobs: Annotated[int | None, Field(ge=0, lt=2147483648)] = None
     retention_days: Annotated[int | None, Field(ge=1, le=36500)] = None
-    """Jobs and all that they made are deleted so long after their end. `null`: never."""
+    """Jobs and all that they made are deleted this long after their end. `null`: never."""
     running_steps: Annotated[int | None, Field(ge=1, lt=2147483648)] = None
     stored_bytes: Annotated[int | None, Field(ge=0, lt=9223372036854776000)] = None
 
@@ -433,7 +433,7 @@ class ApiKey(Model):
     name: str
     object: Literal["api_key"] = "api_key"
     prefix: Annotated[str, Field(examples=["okv_0"])]
-    """The beginning of the key, which is no secret."""
+    """The beginning of the key, which is not secret."""
     project_id: str
     revoked_at: AwareDatetime | None
     scopes: list[
@@ -496,7 +496,7 @@ class ApiKeyCreated(Model):
     name: str
     object: Literal["api_key"] = "api_key"
     prefix: Annotated[str, Field(examples=["okv_0"])]
-    """The beginning of the key, which is no secret."""
+    """The beginning of the key, which is not secret."""
     project_id: str
     revoked_at: AwareDatetime | None
     scopes: list[
@@ -601,7 +601,7 @@ class JobCreate(Model):
     gpu_class: Annotated[str, Field(pattern="^[a-z0-9][a-z0-9-]{0,31}$")] = "default"
     """Which workers may run the job: one of the server's classes."""
     max_runtime_minutes: Annotated[int | None, Field(ge=1, le=525600)] = None
-    """Fail the job with `time_limit_exceeded` so long after its first step has begun; absent: the server's own limit, if it has one."""
+    """Fail the job with `time_limit_exceeded` this long after its first step has begun; absent: the server's own limit, if it has one."""
     metadata: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]{1,64}$")], str] | None = None
     """Up to 16 labels of the client's own; jobs can be listed by them."""
     method: Method | None = None

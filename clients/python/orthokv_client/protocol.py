@@ -40,7 +40,7 @@ class Retry:
     longest_seconds: float = 10.0
 
     def pause(self, failures: int) -> float:
-        """Seconds before the next attempt after so many failures."""
+        """Seconds before the next attempt after this many failures."""
         longest = min(self.longest_seconds, self.first_seconds * 2.0 ** (failures - 1))
         return longest * random.uniform(0.5, 1.0)
 
@@ -144,7 +144,7 @@ class Attempts:
         return self._retry.pause(self._failures)
 
     def refused(self, response: httpx2.Response) -> float:
-        """As `failed`, after an answer that is no success and was read. Raises `ApiError` and `UnexpectedAnswer`."""
+        """As `failed`, after an answer that is not a success and was read. Raises `ApiError` and `UnexpectedAnswer`."""
         self._failures += 1
         error = problem(response)
         may_pass = response.status_code in (429, 503) or (

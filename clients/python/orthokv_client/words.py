@@ -67,7 +67,7 @@ HELP = {
     "steps": "Optimisation steps per layer; absent: the method's own.",
     "form": "`adapter`: bases only. `full`: with the base model's own files, loadable by path.",
     "gpu_class": "Which workers may run the job: one of the server's classes.",
-    "max_runtime_minutes": "Fail the job with `time_limit_exceeded` so long after its first step has begun; absent: the server's own limit, if it has one.",
+    "max_runtime_minutes": "Fail the job with `time_limit_exceeded` this long after its first step has begun; absent: the server's own limit, if it has one.",
     "metadata": "Up to 16 labels of the client's own; jobs can be listed by them.",
     "polish_steps": "Steps of a refinement of the bases at the ranks of this checkpoint's plan, before it is packed; 0: none, the profile's own bases; absent: half as many as the profile was refined with. A `layer_error` budget is met by the profile's own bases and takes none.",
     "rank_multiple": "Every rank is a multiple of this, e.g. 16 for the matrix units of a GPU.",

@@ -18,8 +18,8 @@ from orthokv.spec.vocabulary import Sharing
 class FittedBases:
     """A layer's key and value bases at full rank, float32; any smaller rank is a prefix of their columns.
 
-    ``history`` holds what the fit observed (losses by step), for reports; ``spectrum_key`` and ``spectrum_value`` the
-    singular values of the activations per group where the method computes them (``[groups, width]``, descending).
+    `history` holds what the fit observed (losses by step), for reports; `spectrum_key` and `spectrum_value` the
+    singular values of the activations per group where the method computes them (`[groups, width]`, descending).
     """
 
     key: Basis
@@ -42,7 +42,7 @@ class FittedBases:
 class Method(Protocol):
     """Fits one layer.
 
-    A method is a frozen dataclass: its settings (`orthokv.spec.methods`) with a fit. ``fit`` must not depend on other layers or
+    A method is a frozen dataclass: its settings (`orthokv.spec.methods`) with a fit. `fit` must not depend on other layers or
     on global random state: the same view and seed give the same bases.
     """
 
@@ -52,7 +52,7 @@ class Method(Protocol):
 
 
 def grouped_moment(view: LayerView, sharing: Sharing, name: str) -> Tensor:
-    """Second moment of the keys or values per stored group: ``[stored groups, width, width]``, float64."""
+    """Second moment of the keys or values per stored group: `[stored groups, width, width]`, float64."""
     geometry = view.geometry
     keys = name == "key"
     stored, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=keys)
@@ -61,14 +61,14 @@ def grouped_moment(view: LayerView, sharing: Sharing, name: str) -> Tensor:
 
 
 def diagonal_groups(joint: Tensor, width: int) -> Tensor:
-    """The blocks on the diagonal of a joint moment ``[n, n]``, one a group: ``[n // width, width, width]``."""
+    """The blocks on the diagonal of a joint moment `[n, n]`, one a group: `[n // width, width, width]`."""
     groups = len(joint) // width
     blocks = joint.view(groups, width, groups, width).diagonal(dim1=0, dim2=2)
     return blocks.permute(2, 0, 1).contiguous()
 
 
 def block_diagonal(blocks: Tensor, heads: int | None = None) -> Tensor:
-    """``[kv_heads, d, d]`` -> ``[groups, heads * d, heads * d]``: ``heads`` neighbours are a group (None: all of them)."""
+    """`[kv_heads, d, d]` -> `[groups, heads * d, heads * d]`: `heads` neighbours are a group (None: all of them)."""
     count, d, _ = blocks.shape
     heads = count if heads is None else heads
     every = range(heads)
@@ -80,7 +80,7 @@ def block_diagonal(blocks: Tensor, heads: int | None = None) -> Tensor:
 def query_moment(view: LayerView, sharing: Sharing) -> Tensor:
     """Second moment of the queries that read each group's keys: how strongly each direction of the keys is read.
 
-    ``[stored groups, width, width]``, float64. Queries of different KV heads never meet, so a group has one block a head.
+    `[stored groups, width, width]`, float64. Queries of different KV heads never meet, so a group has one block a head.
     """
     geometry, query = view.geometry, view.moments.query
     stored, width = group_width(sharing, geometry.kv_heads, geometry.head_dim, keys=True)

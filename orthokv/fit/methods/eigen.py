@@ -19,9 +19,9 @@ class Eigen(EigenSettings):
 
 
     The singular vectors come from the second moment (float64), which gives the same vectors as an SVD of the tall
-    activation matrix with ``width^2`` numbers of memory. With ``sharing="tied"`` and ``"k"`` this is the released
-    method for Llama, with ``"head"`` and ``"kq"`` the paper's; its rank rule is
-    :func:`orthokv.planning.published.threshold_ranks`. With ``"head"`` and ``"k"`` it is what the literature calls K-SVD.
+    activation matrix with `width^2` numbers of memory. With `sharing="tied"` and `"k"` this is the released
+    method for Llama, with `"head"` and `"kq"` the paper's; its rank rule is
+    `orthokv.planning.published.threshold_ranks`. With `"head"` and `"k"` it is what the literature calls K-SVD.
     """
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:

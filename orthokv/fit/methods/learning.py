@@ -25,7 +25,7 @@ _PLASTIC = 0.7548776662466927  # with its square, the two-dimensional golden rat
 def rank_pairs(
     width_key: int, width_value: int, seed: int, share: float | None = None
 ) -> Iterator[tuple[int, int]]:
-    """An endless, evenly spread sequence of (rank_key, rank_value), log-uniform in each; with ``share``, that of the widths
+    """An endless, evenly spread sequence of (rank_key, rank_value), log-uniform in each; with `share`, that of the widths
     alone, again and again.
 
     Training every prefix of the columns at once is what makes one fit serve all ranks (nested bases). The two ranks follow
@@ -55,7 +55,7 @@ def order_tail(point: Tensor, moment: Tensor) -> Tensor:
     They still span what the trained columns leave out, but training turned them away from its principal directions.
 
     Args:
-        point: square orthogonal matrices ``[groups, width, width]``.
+        point: square orthogonal matrices `[groups, width, width]`.
         moment: second moment of what they encode, same shape.
     """
     trained = trained_columns(point.shape[-1])
@@ -98,12 +98,12 @@ def descend(
     blocks_per_step: int = 1,
     share: float | None = None,
 ) -> list[float]:
-    """Minimise the layer's error over ``variables`` for ``steps`` steps; returns the loss of each step.
+    """Minimise the layer's error over `variables` for `steps` steps; returns the loss of each step.
 
     The logarithm of the squared relative error is minimised: an error at a high rank is a hundred times smaller than one at
-    a low rank and would otherwise not count. ``update(i, gradient, factor)`` moves variable ``i``; ``factor`` follows a
+    a low rank and would otherwise not count. `update(i, gradient, factor)` moves variable `i`; `factor` follows a
     cosine from 1 to 0. Two hundred steps of one block do as well as a hundred steps of four, at half the arithmetic (measured,
-    ``docs/method.md``).
+    `docs/method.md`).
 
     Raises:
         InvalidModel: the loss is not finite.

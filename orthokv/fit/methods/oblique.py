@@ -18,12 +18,12 @@ from orthokv.spec.vocabulary import Sharing
 
 @dataclass(frozen=True)
 class Oblique(ObliqueSettings):
-    """Minimise the layer's output error over invertible matrices ``A``: encoder ``A``, decoder ``A^-T``.
+    """Minimise the layer's output error over invertible matrices `A`: encoder `A`, decoder `A^-T`.
 
 
-    The first ``r`` columns of both are an oblique projector for every ``r``, and the full rank is exact. Two free matrices
-    would have no such order: what a few columns learn to shrink, the others could not add back. ``A`` is moved in the whitened
-    coordinates of :mod:`orthokv.fit.methods.weighted`, where all directions matter alike, so that one step size fits all.
+    The first `r` columns of both are an oblique projector for every `r`, and the full rank is exact. Two free matrices
+    would have no such order: what a few columns learn to shrink, the others could not add back. `A` is moved in the whitened
+    coordinates of `orthokv.fit.methods.weighted`, where all directions matter alike, so that one step size fits all.
     """
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:

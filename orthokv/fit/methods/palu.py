@@ -22,17 +22,17 @@ _LINEAR = 1e-2
 
 @dataclass(frozen=True)
 class Palu(PaluSettings):
-    """Bases from the weights: with ``S S^T`` the second moment of the layer's input, the SVD ``S^T W_g = U Sigma V^T`` of the
-    columns of ``W_k`` (or ``W_v``) that belong to group ``g``.
+    """Bases from the weights: with `S S^T` the second moment of the layer's input, the SVD `S^T W_g = U Sigma V^T` of the
+    columns of `W_k` (or `W_v`) that belong to group `g`.
 
 
-    The rank-``r`` weight that changes the projected calibration inputs least is ``W_g V_r V_r^T``, so ``x W_g`` becomes
-    ``k V_r V_r^T``: an orthonormal basis ``V_r`` of the keys. ``V`` are the eigenvectors of ``W_g^T S S^T W_g``, for which no
+    The rank-`r` weight that changes the projected calibration inputs least is `W_g V_r V_r^T`, so `x W_g` becomes
+    `k V_r V_r^T`: an orthonormal basis `V_r` of the keys. `V` are the eigenvectors of `W_g^T S S^T W_g`, for which no
     root of the moment is needed (the released code shifts a moment that has no Cholesky factor).
 
-    *What the whitened form comes to*: ``W_g^T S S^T W_g`` is the second moment of the keys, so on the same text it gives the
-    bases of :class:`~orthokv.fit.methods.eigen.Eigen` under the same sharing. Palu's groups of heads are ``joint``, its
-    per-head form is ``head``. Its ranks, shares of Fisher information rounded to 32, are not ported: plans are made as for
+    *What the whitened form comes to*: `W_g^T S S^T W_g` is the second moment of the keys, so on the same text it gives the
+    bases of `Eigen` under the same sharing. Palu's groups of heads are `joint`, its
+    per-head form is `head`. Its ranks, shares of Fisher information rounded to 32, are not ported: plans are made as for
     every method.
 
     Keys must be a linear map of the layer's input. A bias is refused, because Palu adds it after the rebuilding and a basis
@@ -40,7 +40,7 @@ class Palu(PaluSettings):
     """
 
     def fit(self, view: LayerView, sharing: Sharing, seed: int) -> FittedBases:
-        """See :class:`~orthokv.fit.methods.base.Method`.
+        """See `Method`.
 
         Raises:
             UnsupportedModel: keys or values are not a linear map of the layer's input.
@@ -83,7 +83,7 @@ def _projection(view: LayerView, name: str) -> nn.Linear:
 
 @torch.no_grad()
 def _input_moment(view: LayerView) -> Tensor:
-    """Second moment of what the projections read, ``[hidden, hidden]``, float64, on the model's device."""
+    """Second moment of what the projections read, `[hidden, hidden]`, float64, on the model's device."""
     projection = _projection(view, "key")
     shape = (projection.in_features, projection.in_features)
     total = torch.zeros(shape, dtype=torch.float64, device=view.walk.device)

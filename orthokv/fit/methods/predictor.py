@@ -34,7 +34,7 @@ HELD_OUT_SHARE = 0.125
 
 
 class BasisPredictor(nn.Module):
-    """``[mean; variance]`` of the activations of a group -> a square orthogonal matrix, columns in order of use.
+    """`[mean; variance]` of the activations of a group -> a square orthogonal matrix, columns in order of use.
 
     Three hidden layers (paper section 3); the activation function and the width are ours.
     """
@@ -51,7 +51,7 @@ class BasisPredictor(nn.Module):
                 parameter.data.uniform_(-bound, bound, generator=generator)
 
     def forward(self, statistics: Tensor) -> Tensor:
-        """``[groups, 2 * width]`` -> ``[groups, width, width]``."""
+        """`[groups, 2 * width]` -> `[groups, width, width]`."""
         x = statistics
         for layer in self.layers[:-1]:
             x = nn.functional.gelu(layer(x))
@@ -59,7 +59,7 @@ class BasisPredictor(nn.Module):
 
 
 def statistics(view: LayerView, sharing: Sharing, *, keys: bool) -> Tensor:
-    """``[mean; variance]`` per stored group, ``[groups, 2 * width]``, scaled to unit root mean square.
+    """`[mean; variance]` per stored group, `[groups, 2 * width]`, scaled to unit root mean square.
 
     With one basis for all heads the statistics are pooled over them.
     """

@@ -1,15 +1,15 @@
 """Closed-form bases that weigh an error by what reads it: queries for keys, the output projection for values.
 
-For keys ``sum ||q (k - k')||^2 = tr(S_q (I - P)^T C_k (I - P))`` with ``S_q`` the second moment of the queries that read a
-head: the optimum is found in the whitened space ``y = k S_q^(1/2)``, where it is a plain PCA (KQ-SVD, arXiv 2512.05916, in
-covariance form). For values the weighting is ``W_O W_O^T`` per KV head. The result is an oblique pair:
-``E = M^(1/2) U``, ``D = M^(-1/2) U``.
+For keys `sum ||q (k - k')||^2 = tr(S_q (I - P)^T C_k (I - P))` with `S_q` the second moment of the queries that read a
+head: the optimum is found in the whitened space `y = k S_q^(1/2)`, where it is a plain PCA (KQ-SVD, arXiv 2512.05916, in
+covariance form). For values the weighting is `W_O W_O^T` per KV head. The result is an oblique pair:
+`E = M^(1/2) U`, `D = M^(-1/2) U`.
 
-With ``sharing="head"`` this *is* KQ-SVD: ``K E D^T Q^T`` is the best approximation of ``K Q^T`` of its rank, and likewise for
-``V W_O``, up to the damping below. Where several query heads read one KV head, all of them count, stacked; KQ-SVD's released
-code averages their ``W_O`` instead. It works after RoPE (``key_mode="post"``).
+With `sharing="head"` this *is* KQ-SVD: `K E D^T Q^T` is the best approximation of `K Q^T` of its rank, and likewise for
+`V W_O`, up to the damping below. Where several query heads read one KV head, all of them count, stacked; KQ-SVD's released
+code averages their `W_O` instead. It works after RoPE (`key_mode="post"`).
 
-Where several heads share one basis for their keys (``tied``), moments and weightings are pooled over the heads before: an
+Where several heads share one basis for their keys (`tied`), moments and weightings are pooled over the heads before: an
 approximation, since the exact objective would keep each head's keys with its own queries.
 """
 
@@ -47,7 +47,7 @@ class Whitened:
 
 
 def value_weighting(view: LayerView, sharing: Sharing) -> Tensor:
-    """How strongly the output projection reads each direction of the values: ``[stored groups, width, width]``."""
+    """How strongly the output projection reads each direction of the values: `[stored groups, width, width]`."""
     geometry = view.geometry
     heads, head_dim = geometry.kv_heads, geometry.head_dim
     per_query_head = view.output_weight.T.reshape(heads, geometry.heads // heads, head_dim, -1)
@@ -57,7 +57,7 @@ def value_weighting(view: LayerView, sharing: Sharing) -> Tensor:
 
 
 def whiten(moment: Tensor, weighting: Tensor) -> Whitened:
-    """PCA of ``x M^(1/2)`` for ``x`` with the given second moment."""
+    """PCA of `x M^(1/2)` for `x` with the given second moment."""
     values, vectors = torch.linalg.eigh(weighting)
     values = values.clamp_min(0)
     mean = values.mean(-1, keepdim=True)

@@ -28,7 +28,7 @@ _KEPT_LINES = (0.25, 0.5)
 
 
 def _surface(layer: LayerProfile) -> tuple[Floats, Floats, Floats]:
-    """Shares of value and key width, and the error in per cent ``[key, value]``, as the allocator interpolates it."""
+    """Shares of value and key width, and the error in per cent `[key, value]`, as the allocator interpolates it."""
     grid_key, grid_value, squared = interpolate(layer)
     if min(squared.shape) < 2:
         raise InvalidSetting(f"layer {layer.index} was profiled at one rank: there is no surface to draw")

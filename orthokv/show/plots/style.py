@@ -26,7 +26,7 @@ _LINE_HEIGHT = 0.18
 def frame(
     width: float, height: float, title: str, subtitle: str, caption: str = "", right: float = 0.0
 ) -> Figure:
-    """An empty figure of ``width x height`` inches plus the room that its texts take, laid out around them."""
+    """An empty figure of `width x height` inches plus the room that its texts take, laid out around them."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -75,9 +75,9 @@ def save(figure: Figure, path: str | Path) -> Path:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions at least ``gap`` apart within ``low..high`` and as close as possible to ``wanted`` (least squares).
+    """Positions at least `gap` apart within `low..high` and as close as possible to `wanted` (least squares).
 
-    Subtracting ``gap`` times the place in the order turns the problem into isotonic regression.
+    Subtracting `gap` times the place in the order turns the problem into isotonic regression.
     """
     order = sorted(range(len(wanted)), key=lambda i: (wanted[i], i))
     pools: list[list[float]] = []  # sum, count
@@ -96,7 +96,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def end_labels(figure: Figure, axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Labels ``(x, y, text, colour)`` in the margin right of the axes, moved apart and tied to their points."""
+    """Labels `(x, y, text, colour)` in the margin right of the axes, moved apart and tied to their points."""
     figure.draw_without_rendering()  # lays the axes out: only then are heights in inches known
     box = axes.get_window_extent()
     heights = [float(axes.transData.transform((x, y))[1] - box.y0) / box.height for x, y, _, _ in ends]
@@ -151,7 +151,7 @@ def layer_axis(axes: Axes, count: int) -> None:
 
 
 def round_levels(low: float, high: float, most: int = 9) -> list[float]:
-    """Round numbers within ``low..high``: 1-2-5 in every decade, or powers of ten, or finer steps in a narrow range."""
+    """Round numbers within `low..high`: 1-2-5 in every decade, or powers of ten, or finer steps in a narrow range."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found: list[float] = []
     for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
