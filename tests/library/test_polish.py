@@ -37,8 +37,8 @@ from orthokv.spec.target import Target
 from orthokv.text.blocks import Blocks
 from orthokv.text.source import TextSource
 from orthokv.text.written import self_text
+from tests.support.requests import step_request
 from tests.support.tiny import tiny_blocks, tiny_folder, tiny_model, tiny_profile, tiny_text
-from workers.protocol import ModelRef, Request
 from workers.runner import Wire, run
 
 KEPT = Budget("kept", 0.3)
@@ -274,18 +274,13 @@ def test_the_service_packs_what_the_library_writes(asked: int | None, metric: st
     profile, _, blocks = fitted(tmp_path / "again", refine_steps=4)
     profile.save(work / "inputs")
     blocks.save(work / "inputs" / "blocks.safetensors")
-    request = Request(
-        step="package",
-        job_id="job_1",
+    request = step_request(
+        "package",
+        model=str(folder),
         workdir=str(work),
-        model=ModelRef(id=str(folder), revision=None),
-        dataset=[],
         settings=FitSettings("weighted", num_samples=8, sequence_length=32, refine_steps=4),
         target=Target(Budget(metric, 0.3), polish_steps=asked),  # type: ignore[arg-type]
-        layers=[],
         inputs={path.name: str(path) for path in (work / "inputs").iterdir()},
-        device="cpu",
-        spill=False,
     )
     said = io.StringIO()
     assert run(request, Wire(said)) == 0, said.getvalue()

@@ -45,6 +45,7 @@ from orthokv.spec.target import Target
 from orthokv.text.blocks import Blocks, evenly, starts_over
 from orthokv.text.packing import load_blocks
 from orthokv.text.source import TextMixture, TextSource
+from tests.support.requests import step_request
 from tests.support.tiny import (
     LAYERS,
     MAX_POSITIONS,
@@ -57,6 +58,7 @@ from tests.support.tiny import (
     tiny_text,
     tiny_tokens,
 )
+from workers.protocol import DatasetRef
 from workers.runner import Wire, run
 
 ROTATED = [name for name in VARIANTS if geometry_of(tiny_config(name)).rope is not None]
@@ -410,23 +412,21 @@ def test_a_streamed_model_gives_the_same_profile_and_reads_each_layer_once(
 
 def test_the_steps_of_the_service_see_where_blocks_begin(text: TextSource, tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path, "llama")
-    settings = {**POST, "sharing": "joint", "parameterisation": "direct", "positions": 200, "seed": 0}
-    request: dict[str, Any] = {
-        "workdir": str(tmp_path / "work"),
-        "inputs": {},
-        "settings": {**settings, "steps": None, "refine_steps": None, "device": "cpu", "spill": False},
-        "model": {"id": str(folder), "revision": None},
-        "dataset": [{"source": text.source, "format": "text", "field": "text"}],
-        "budget": {"metric": "kept", "value": 0.5},
-        "rank_multiple": 1,
-        "polish_steps": None,
-        "layers": [0, 1, 2],
-    }
+    inputs: dict[str, str] = {}
     (tmp_path / "work").mkdir()
 
-    def step(name: str, **changes: Any) -> dict[str, Any]:
+    def step(name: str) -> dict[str, Any]:
         stream = io.StringIO()
-        run({**request, "step": name, **changes}, Wire(stream))
+        request = step_request(
+            name,
+            model=str(folder),
+            workdir=str(tmp_path / "work"),
+            dataset=[DatasetRef(source=text.source, format="text", field="text")],
+            settings=FitSettings(**POST, sharing="joint", positions=200),
+            layers=[0, 1, 2],
+            inputs=inputs,
+        )
+        run(request, Wire(stream))
         last: dict[str, Any] = json.loads(stream.getvalue().splitlines()[-1])
         return last
 
@@ -434,9 +434,9 @@ def test_the_steps_of_the_service_see_where_blocks_begin(text: TextSource, tmp_p
     assert step("calibrate")["type"] == "result"
     written = tmp_path / "work" / "blocks.safetensors"
     assert Blocks.load(written).positions == 200
-    request["inputs"]["blocks.safetensors"] = str(written)
+    inputs["blocks.safetensors"] = str(written)
     assert step("fit")["type"] == "result"
-    request["inputs"] |= {path.name: str(path) for path in (tmp_path / "work").glob("layer-*")}
+    inputs |= {path.name: str(path) for path in (tmp_path / "work").glob("layer-*")}
     assert step("profile")["data"]["summary"]["dataset"]["positions"] == 200
     refused = step("resolve", settings={**request["settings"], "positions": MAX_POSITIONS + 1})
     assert (refused["type"], refused["code"]) == ("error", "invalid_setting")

@@ -14,13 +14,10 @@ from app.infra.ids import new_id
 from app.infra.keys import generate
 from app.jobs.vocabulary import StepName
 from app.settings import Settings
-from orthokv.spec.budget import Budget
-from orthokv.spec.settings import FitSettings
-from orthokv.spec.target import Target
 from tests.support.paths import REPOSITORY
+from tests.support.requests import step_request
 from workers.child import MAX_SAID_CHARACTERS, MAX_SAID_LINES, Child
 from workers.limits import Limits
-from workers.protocol import ModelRef, Request
 
 
 def logged(code: str, *arguments: str) -> list[dict[str, Any]]:
@@ -63,19 +60,7 @@ def test_no_line_holds_a_key(code: str) -> None:
 
 def said(program: str, folder: Path) -> list[str]:
     """The lines that are passed on of what a child writes to stderr."""
-    request = Request(
-        step="fit",
-        job_id="job_1",
-        workdir=str(folder),
-        model=ModelRef(id="m", revision=None),
-        dataset=[],
-        settings=FitSettings(),
-        target=Target(Budget("kept", 0.5)),
-        layers=[],
-        inputs={},
-        device="cpu",
-        spill=False,
-    )
+    request = step_request("fit", workdir=str(folder))
     lines: list[str] = []
     child = Child(
         (sys.executable, "-c", program),

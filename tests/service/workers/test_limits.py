@@ -19,6 +19,7 @@ from app.jobs.vocabulary import JobErrorCode, JobStatus, StepName
 from app.settings import Settings
 from tests.service.workers.test_supervisor import alive, run_to_end, running, until
 from tests.support.factories import Script, queue_job, read_job
+from tests.support.requests import step_request
 from workers.cli import worker
 from workers.limits import OPEN_FILES, CannotIsolate, Limits, memory_of_session, require_isolation
 
@@ -167,7 +168,7 @@ def test_the_runner_tells_a_file_too_large_from_a_full_disk(
 
     monkeypatch.setitem(runner.STEPS, "resolve", step)
     said = io.StringIO()
-    assert runner.run(request("any"), runner.Wire(said)) == 1
+    assert runner.run(step_request("resolve"), runner.Wire(said)) == 1
     message = json.loads(said.getvalue().splitlines()[-1])
     assert (message["code"], message["retryable"]) == ("storage_error", again)
 
@@ -181,7 +182,7 @@ def test_the_hub_is_out_of_reach_once_the_model_is_there(monkeypatch: pytest.Mon
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    job = runner.Job(request(str(DEMO)), runner.Wire(io.StringIO()))
+    job = runner.Job(step_request("resolve", model=str(DEMO)), runner.Wire(io.StringIO()))
     assert job.source().files
     with pytest.raises(OfflineModeIsEnabled):
         HfApi().model_info("org/model")
@@ -198,16 +199,3 @@ def test_what_a_step_leaves_is_its_users_alone(
         folders = [path for path in settings.work_dir.rglob("*") if path.is_dir()]
         assert folders
         assert {stat.S_IMODE(path.stat().st_mode) for path in [settings.work_dir, *folders]} == {0o700}
-
-
-def request(model: str) -> dict[str, Any]:
-    settings = {"parameterisation": "direct", "method": "eigen", "sharing": "joint", "key_mode": "pre"}
-    more = {"num_samples": 4, "sequence_length": 64, "positions": None, "seed": 0, "steps": None}
-    return {
-        "step": "resolve",
-        "workdir": "/nowhere",
-        "inputs": {},
-        "model": {"id": model, "revision": None},
-        "dataset": [],
-        "settings": {**settings, **more, "refine_steps": None},
-    }
