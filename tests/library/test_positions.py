@@ -415,14 +415,14 @@ def test_the_steps_of_the_service_see_where_blocks_begin(text: TextSource, tmp_p
     inputs: dict[str, str] = {}
     (tmp_path / "work").mkdir()
 
-    def step(name: str) -> dict[str, Any]:
+    def step(name: str, positions: int = 200) -> dict[str, Any]:
         stream = io.StringIO()
         request = step_request(
             name,
             model=str(folder),
             workdir=str(tmp_path / "work"),
             dataset=[DatasetRef(source=text.source, format="text", field="text")],
-            settings=FitSettings(**POST, sharing="joint", positions=200),
+            settings=FitSettings(**POST, sharing="joint", positions=positions),
             layers=[0, 1, 2],
             inputs=inputs,
         )
@@ -438,7 +438,7 @@ def test_the_steps_of_the_service_see_where_blocks_begin(text: TextSource, tmp_p
     assert step("fit")["type"] == "result"
     inputs |= {path.name: str(path) for path in (tmp_path / "work").glob("layer-*")}
     assert step("profile")["data"]["summary"]["dataset"]["positions"] == 200
-    refused = step("resolve", settings={**request["settings"], "positions": MAX_POSITIONS + 1})
+    refused = step("resolve", positions=MAX_POSITIONS + 1)
     assert (refused["type"], refused["code"]) == ("error", "invalid_setting")
     assert "257 positions are more than the model's 256" in refused["message"]
 
