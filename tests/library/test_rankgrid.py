@@ -21,7 +21,7 @@ def test_ranks_are_multiples_within_what_was_measured(width: int, multiple: int)
             RankGrid(multiple).ranks(measured)
         return
     ranks = RankGrid(multiple).ranks(measured)
-    assert ranks == sorted(set(ranks))
+    assert list(ranks) == sorted(set(ranks))
     assert all(measured[0] <= r <= width and r % multiple == 0 for r in ranks)
     assert ranks[-1] == width // multiple * multiple or multiple < width / 32
 
