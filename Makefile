@@ -36,13 +36,13 @@ install: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m demo.run
 
-# Processes that share the tests; each has its own databases, ports and folders.
-WORKERS ?= auto
+# Processes that share the tests; each has its own databases, ports and folders. One more than two cores: some tests wait.
+WORKERS ?= 3
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not crash and not mlflow and not slow" $(ARGS)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not crash and not mlflow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "slow and not crash and not mlflow" $(ARGS)
 
 test-crash: $(STAMP)
 	$(BIN)/python -m pytest -m crash

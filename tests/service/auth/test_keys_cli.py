@@ -108,7 +108,7 @@ class TestKeys:
     def test_a_folder_that_is_none(self, tmp_path: Path) -> None:
         done = run_keys(tmp_path / "nowhere", "list")
         assert done.exit_code == 2
-        assert "is no data folder" in done.stderr
+        assert "is not a data folder" in done.stderr
         assert not (tmp_path / "nowhere").exists()
 
 

@@ -350,4 +350,4 @@ class TestCommand:
     def test_a_folder_that_is_none_is_bad_input(self, settings: Settings, tmp_path: Path) -> None:
         result = CliRunner().invoke(commands, ["check", "--data", str(tmp_path / "nothing")])
         assert result.exit_code == 2
-        assert "is no data folder" in result.stderr
+        assert "is not a data folder" in result.stderr
