@@ -161,7 +161,7 @@ class World:
             content = {"layers": 4, "faults": [], "pace": self.plan.pace_seconds}
             (script.folder / "script.json").write_text(json.dumps(content))
             command = [sys.executable, str(SCRIPTED_RUNNER), str(script.folder)]
-            settings["ORTHOKVSCRIPTED_RUNNER_COMMAND"] = json.dumps(command)
+            settings["ORTHOKV_RUNNER_COMMAND"] = json.dumps(command)
         return settings
 
     def body(self, rng: Any) -> dict[str, Any]:
