@@ -17,7 +17,7 @@ import psutil
 
 from tests.support.paths import REPOSITORY
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 240.0
 _ANNOUNCEMENT = "OrthoKV listening on "
 
 
